@@ -1,0 +1,355 @@
+"""The `bsap` command: runs the notebooks, with any parameter, into figures that say what made them.
+
+    bsap run 03_rec -p DATASET refcoco -p SPLIT val         # one notebook       -> figures/refcoco-val/
+    bsap run --all --params notebooks/params/sample.yaml    # 01, 02, … in order -> figures/sample/
+    bsap run 03_rec --list                                  # its parameters, with defaults
+
+Wherever a notebook lies, it runs in this very Python with the repository's root as working directory, so that a
+relative path in a parameter (OUT_DIR too) always means the same. It writes to a staging folder below `runs/<time>/`;
+only when it has finished do its files move to `figures/<run name>/`, entered in the `manifest.json` there: a failed run
+spoils nothing. A notebook may leave `run_info.json` (facts such as the device it used) in OUT_DIR for the manifest.
+"""
+
+import ast
+import difflib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from typer.core import TyperCommand
+
+from bsap_utils import ROOT as CLONE
+from bsap_utils import __version__
+
+ROOT = CLONE if (CLONE / "notebooks").is_dir() else Path.cwd()  # installed without the clone: where the user stands
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "pandas", "numpy", "bsap-utils")
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+Parameter = namedtuple("Parameter", "default source help")  # default: None where its source is no literal
+Parameters = dict[str, Parameter]  # of one notebook, by name
+
+
+class PairCommand(TyperCommand):
+    """Hands each `-p NAME VALUE` on as one string, since Typer has no repeatable option with two values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        tokens = iter(args)
+        joined = ([t, "\0".join(itertools.islice(tokens, 2))] if t == "-p" else [t] for t in tokens)
+        return super().parse_args(ctx, list(itertools.chain(*joined)))
+
+
+def fail(message: str) -> NoReturn:
+    """End with a message for a person, not a traceback: to stderr, exit code 1."""
+    sys.exit(f"bsap: {message}")
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def check_known(where: str, names: Iterable[Any], known: Iterable[str], listing: str = "") -> None:
+    """Fail at the first unknown name, with the nearest and all known ones."""
+    known = list(known)
+    folded = {k.casefold(): k for k in known}
+    for name in names:
+        if name not in known:
+            match = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+            hint = f"; did you mean {folded[match[0]]}?" if match else "."
+            fail(f"{where} {name}{hint} There are:{listing or ' ' + ', '.join(known)}")
+
+
+def table(parameters: Parameters) -> str:
+    """One line a parameter: name, default, meaning."""
+    width = max(map(len, parameters), default=0)
+    return "".join(f"\n  {n:<{width}}  {p.source:<24}  {p.help}".rstrip() for n, p in parameters.items()) or " none"
+
+
+def find_notebook(name: str, library: dict[str, Path]) -> Path:
+    """The notebook of that path, stem (`03_rec`) or beginning of a stem (`03`)."""
+    if name.endswith(".ipynb") and Path(name).is_file():
+        return Path(name).resolve()
+    stem = name.removesuffix(".ipynb")
+    found = [stem] if stem in library else [s for s in library if s.startswith(stem)]
+    if len(found) > 1:
+        fail(f"{name} could be {' or '.join(found)}")
+    check_known("no notebook", found or [stem], library)
+    return library[found[0]]
+
+
+def declared(notebook: Path) -> Parameters:
+    """What the cell tagged `parameters` assigns, by its syntax tree: papermill's own `inspect_notebook` loses a line
+    with a `=` in its comment, and cuts a text at `#`."""
+    found: Parameters = {}
+    try:
+        cells = json.loads(notebook.read_text("utf-8"))["cells"]
+        source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), "")
+        lines = source.encode().splitlines()  # the tree counts columns in bytes
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                comment = lines[(node.end_lineno or 1) - 1][node.end_col_offset :].decode().strip(" #")
+                default = None
+                with suppress(ValueError):
+                    default = ast.literal_eval(node.value)
+                default = list(default) if isinstance(default, tuple) else default  # papermill has no tuples
+                if isinstance(target, ast.Name):
+                    found[target.id] = Parameter(default, ast.unparse(node.value), comment)
+    except Exception as e:  # whatever a damaged file, or a cell that is not plain Python, leads to
+        fail(f"cannot read the parameters of {shown(notebook)}: {type(e).__name__}: {e}")
+    return found
+
+
+def typed(value: Any, default: Any) -> Any:
+    """`value` (text of the command line, or what YAML made of it) as the default's type; ValueError if it is none.
+
+    >>> typed("1e-3", 1.0), typed("yes", False), typed("crop, blur", ["crop"]), typed("[1, 2.5]", [0.5])
+    (0.001, True, ['crop', 'blur'], [1.0, 2.5])
+    """
+    is_list = isinstance(default, list)
+    if isinstance(value, str) and type(default) not in (str, int, float):
+        commas = is_list and not value.lstrip().startswith("[")
+        value = [v for v in re.split(r"\s*,\s*", value.strip()) if v] if commas else yaml.safe_load(value)
+    if default is None:
+        return None if value == "None" else value
+    if is_list and isinstance(value, list):
+        kinds = {type(v) for v in default}  # whole numbers among others are numbers; of none or mixed kinds: anything
+        return [typed(v, 0.0 if kinds == {int, float} else default[0] if len(kinds) == 1 else None) for v in value]
+    if (type(default), type(value)) in ((int, str), (float, str), (float, int)):
+        return type(default)(value)
+    if type(value) is not type(default):
+        raise ValueError(value)
+    return value
+
+
+def settings(stem: str, given: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
+    """The given values that the notebook declares, each as the type of its default."""
+    values = {}
+    for name, (default, source, _) in parameters.items():
+        try:
+            if name in given:
+                values[name] = typed(given[name], default)
+        except (ValueError, TypeError, yaml.YAMLError):
+            fail(f"{stem}: {name} should be {type(default).__name__} like its default {source}, not {given[name]!r}")
+    return values
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The names and values in a YAML or JSON file; none where there is no such JSON file."""
+    if path.suffix == ".json" and not path.exists():
+        return {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = (json.load(file) if path.suffix == ".json" else yaml.safe_load(file)) or {}
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        fail(f"cannot read {shown(path)}: {e}")
+    if not isinstance(content, dict):
+        fail(f"{shown(path)} should hold names and values, not {content!r:.60}")
+    return content
+
+
+def read_params(path: Path, known: dict[str, Parameters]) -> dict[str, Any]:
+    """The params file, its names checked: `run_name`, `skip` (left out of --all), `all`, and one mapping a notebook."""
+    content = {key: value for key, value in read_mapping(path).items() if value is not None}
+    content = {"run_name": path.stem, "skip": [], "all": {}} | content
+    check_known(f"{path}: no notebook", content, ["run_name", "skip", "all", *known])
+    for key, value in content.items():
+        expected = str if key == "run_name" else list if key == "skip" else dict
+        if not isinstance(value, expected):
+            fail(f"{path}: {key} should be a {expected.__name__}, not {value!r:.60}")
+        if expected is dict:
+            several = [known[key]] if key != "all" else known.values()
+            parameters = {name: p for each in several for name, p in each.items()}
+            check_known(f"{path}: {key} has no parameter", value, parameters, table(parameters))
+    check_known(f"{path}: skip has no notebook", content["skip"], known)
+    return content
+
+
+def slug(parts: list[str]) -> str:
+    """Parts joined to a safe folder name of at most 80 characters; a hash stands for what is cut off."""
+    name = re.sub(r"[^\w.+-]+", "-", "-".join(parts), flags=re.ASCII).strip("-.") or "run"
+    return name if len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def provenance() -> dict[str, Any]:
+    """The repository's commit (None outside git), whether what makes the results differs from it, versions."""
+    found: dict[str, Any] = {"commit": None, "dirty": None, "versions": {"python": platform.python_version()}}
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = partial(subprocess.check_output, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+        top, commit = git(["git", "rev-parse", "--show-toplevel", "HEAD"]).splitlines()
+        if Path(top).samefile(ROOT):
+            changed = git(["git", "status", "--porcelain", "bsap_utils", "notebooks", "data"])
+            found |= {"commit": commit, "dirty": bool(changed)}
+    installed = {d.name: d.version for d in metadata.distributions()}
+    found["versions"] |= {package: installed.get(package) for package in PACKAGES}
+    return found
+
+
+def new_run_folder() -> Path:
+    """A fresh `runs/<time>/`; where another run has taken this second, the next one."""
+    while True:
+        folder = ROOT / "runs" / time.strftime("%Y-%m-%d-%H%M%S")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+        time.sleep(0.1)
+
+
+def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
+    """Run the notebook, saved in `output` after each cell; fails with the cell that stopped it and its error."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from papermill import PapermillExecutionError, execute_notebook
+    from papermill.exceptions import strip_color
+
+    class ThisPython(AsyncKernelManager):
+        # with no kernel folder to look into, "python3" can only be the interpreter that runs this line
+        kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # type: ignore[assignment]
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    how = {"kernel_name": "python3", "language": "python", "kernel_manager_class": ThisPython, "cwd": ROOT}
+    how["extra_arguments"] = ["--log-level=50"]  # the kernel's own log: a note on encryption, noise when stopped
+    source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (notebook, output))  # it formats paths
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run stops its kernel, too
+    try:
+        execute_notebook(source, target, parameters, **how)
+    except PapermillExecutionError as e:
+        trace = "\n  ".join(strip_color("\n".join(e.traceback)).splitlines()[-10:])
+        fail(f"{notebook.stem} failed in cell [{e.exec_count}]: {e.ename}: {e.evalue}\n  {trace}")
+    except (Exception, KeyboardInterrupt) as e:  # Ctrl-C, or a kernel that died or did not start
+        cells = json.loads(output.read_text("utf-8"))["cells"] if output.exists() else []
+        code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+        number = sum(bool(c["metadata"]["papermill"]["start_time"]) for c in code)
+        reason = "interrupted" if isinstance(e, KeyboardInterrupt) else f"{type(e).__name__}: {e}"
+        fail(f"{notebook.stem} stopped in cell [{number}]: {reason}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def publish(staging: Path, folder: Path, entry: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Move a finished notebook's files to `folder` and its manifest: (files written, files that it writes no more)."""
+    manifest, facts = read_mapping(folder / "manifest.json"), read_mapping(staging / "run_info.json")
+    (staging / "run_info.json").unlink(missing_ok=True)
+    files = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
+    stale = [n for n in manifest if n not in files and manifest[n].get("notebook") == entry["notebook"]]
+    parts = {name: (folder / name).with_name(f".{Path(name).name}.part") for name in (*files, "manifest.json")}
+    if "device" not in facts and files:
+        import torch
+
+        gpu, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        facts["device"] = torch.cuda.get_device_name() if gpu else "mps" if mps else "cpu"
+    for name in files:
+        manifest[name] = {**facts, **entry, "sha256": hashlib.sha256((staging / name).read_bytes()).hexdigest()}
+        parts[name].parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(staging / name, parts[name])  # copies where the folder is on another disk
+    kept = {name: manifest[name] for name in sorted(manifest) if name not in stale}
+    text = json.dumps(kept, indent=1, ensure_ascii=False, default=str) + "\n"
+    text = re.sub(r'(?<=[":=])/(?:[^/"]+/)*(?=\w)', "…/", text.replace(f"{ROOT}/", ""))  # no folders of this machine
+    if files or stale:
+        folder.mkdir(parents=True, exist_ok=True)
+        parts["manifest.json"].write_text(text, "utf-8")
+        for name, part in parts.items():
+            os.replace(part, folder / name)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(staging)
+    return files, stale
+
+
+def run_one(
+    notebook: Path, values: dict[str, Any], parameters: Parameters, made_by: dict[str, Any], folder: Path, target: Path
+) -> None:
+    """Execute the notebook in the run's `folder`; then move its results to `target` and say so."""
+    from nbconvert import HTMLExporter
+
+    output, staging, start = folder / f"{notebook.stem}.ipynb", folder / f"{notebook.stem}-results", time.monotonic()
+    staging.mkdir()
+    typer.echo(f"{notebook.stem} runs in {shown(folder)}/")
+    execute(notebook, values | ({"OUT_DIR": shown(staging)} if "OUT_DIR" in parameters else {}), output)
+    seconds = round(time.monotonic() - start, 1)
+    complete = {n: p.source if p.default is None and p.source != "None" else p.default for n, p in parameters.items()}
+    complete |= values | {"OUT_DIR": shown(target)}
+    where = shown(notebook) if notebook.is_relative_to(ROOT) else notebook.name
+    files, stale = publish(staging, target, {"notebook": where, "parameters": complete, **made_by, "seconds": seconds})
+    output.with_suffix(".html").write_text(HTMLExporter().from_filename(str(output))[0], "utf-8")
+    typer.echo(f"{notebook.stem} took {seconds} s, wrote {len(files)} files to {shown(target)}/: {', '.join(files)}")
+    if stale:
+        typer.echo(f"  removed there, as it writes them no more: {', '.join(stale)}")
+    typer.echo(f"  executed notebook: {shown(output)} (and .html)")
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    """Training-free correction of CLIP's text-to-image retrieval bias (BSAP): notebooks, data and checks."""
+    if version:
+        typer.echo(f"bsap {__version__}")
+
+
+@app.command(cls=PairCommand)
+def run(
+    notebook: Annotated[str, typer.Argument(help="Stem (03_rec, or just 03) or path of a notebook.")] = "",
+    pairs: Annotated[
+        list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; lists as a,b")
+    ] = None,
+    params: Annotated[Path | None, typer.Option(help="YAML: run_name, skip, all and a mapping a notebook.")] = None,
+    name: Annotated[str, typer.Option(help="Folder of the results in figures/; else made of --params and -p.")] = "",
+    every: Annotated[bool, typer.Option("--all", help="Run every numbered notebook, in order.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Only show the parameters.")] = False,
+) -> None:
+    """Run a notebook, or all: results in figures/<run name>/, executed notebooks in runs/<time>/."""
+    library = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    if not library and not notebook.endswith(".ipynb"):
+        fail(f"no notebooks in {ROOT}: they come with a clone of the repository. Run bsap there, or give a path.")
+    if bool(notebook) == every:
+        fail(f"give either a notebook or --all. There are: {', '.join(library)}")
+    found = [find_notebook(notebook, library)] if notebook else [f for s, f in library.items() if re.match(r"\d\d", s)]
+    chosen = {file.stem: file for file in found}
+    known = {stem: declared(file) for stem, file in ((library if params else {}) | chosen).items()}
+    content: dict[str, Any] = {"run_name": "" if pairs else "sample", "skip": [], "all": {}}
+    if params:
+        content = read_params(params, known)
+    for stem in [s for s in chosen if every and (s in content["skip"] or not known[s])]:
+        typer.echo(f"{stem} left out: {'in skip' if stem in content['skip'] else 'no parameters cell'}")
+        del chosen[stem]
+    if listed:
+        return typer.echo("\n".join(stem + table(known[stem]) for stem in chosen))
+    if not all("\0" in pair for pair in pairs or []):
+        fail("-p takes a name and a value: -p NAME VALUE")
+    given = dict(pair.split("\0") for pair in pairs or [])
+    together = {n: parameter for stem in chosen for n, parameter in known[stem].items()}
+    check_known("-p: no parameter", given, together, table(together))
+    alone = {n: v[:1].isalpha() and not isinstance(together[n].default, bool) for n, v in given.items()}  # says enough
+    words = [v if alone[n] else f"{n.lower()}-{v}" for n, v in given.items() if n != "OUT_DIR"]
+    name = slug([name] if name else [content["run_name"], *words])
+    plans = {s: settings(s, content["all"] | content.get(s, {}) | given, known[s]) for s in chosen}
+    targets = {s: ROOT / (plan.pop("OUT_DIR", "") or f"figures/{name}") for s, plan in plans.items()}
+    for target in targets.values():
+        read_mapping(target / "manifest.json")  # a damaged one is to be known before hours of work, not after
+    made_by, folder = provenance(), new_run_folder()
+    for stem, target in targets.items():
+        try:
+            run_one(chosen[stem], plans[stem], known[stem], made_by, folder, target)
+        except (SystemExit, OSError) as e:
+            rest = ", ".join(s for s in targets if s > stem) or "-"
+            fail(f"{str(e).removeprefix('bsap: ')}\nAs far as it got: {shown(folder / stem)}.ipynb; not run: {rest}")
+
+
+if __name__ == "__main__":
+    app()
