@@ -1,0 +1,45 @@
+# `make figures` runs the main job, `make test` the tests; each sets up .venv itself when it is missing or out of date.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+READY := .venv/.ready
+export MPLBACKEND ?= agg
+
+.PHONY: figures test lab lint clean help
+
+help:
+	@echo "make figures   run every notebook on the bundled sample; figures and tables go to figures/sample/"
+	@echo "make test      run the tests"
+	@echo "make lab       open the notebooks in JupyterLab"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove .venv, runs/ and caches (figures and data stay)"
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	@echo "Setting up .venv with $$($(PYTHON) --version): about 5 GB (PyTorch), some minutes the first time ..."
+	@$(PYTHON) -m venv .venv || { echo "python -m venv failed (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@.venv/bin/python -m pip install --quiet --upgrade pip
+	@# the pinned versions are for Python >= 3.11; on 3.10 pip takes the newest that pyproject.toml allows
+	@.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	 && .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' \
+	 || .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 11))' \
+	 && .venv/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+	@echo "Set-up done."
+
+figures: $(READY)
+	.venv/bin/bsap run --all --params notebooks/params/sample.yaml
+
+test: $(READY)
+	.venv/bin/python -m pytest
+
+lab: $(READY)
+	.venv/bin/jupyter lab --notebook-dir=. notebooks/03_rec.ipynb
+
+lint: $(READY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
