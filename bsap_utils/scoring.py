@@ -1,0 +1,475 @@
+"""CLIP scoring: each region and each distinct text encoded once, and the logits that every correction starts from."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import huggingface_hub
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as transforms
+from tqdm.auto import tqdm
+
+from .datasets import DatasetError, ReferDataset
+from .proposals import decode_masks
+from .visual_prompts import MASK_PROMPTS, patch_masks, show_regions, squash
+
+TEMPLATE = "a photo of {}"  # ReCLIP's text: "a photo of " + the expression in lower case
+SAMPLE_MODEL = "local-dir:data/clip-refshapes"
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be used: unknown, without weights, or not reachable. The message says what to do."""
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Return open_clip's name of the precision: "auto" is bf16 on a GPU that has it, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 6, 0.3) or sorted(known)[:6]
+    return ", ".join(close)
+
+
+def _hub_is_reachable() -> bool:
+    """Ask the hub once, for three seconds at most: its own client would go on trying for half a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(huggingface_hub.constants.ENDPOINT, timeout=3)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+def _where_to_get(model: str, pretrained: str) -> str:
+    """Say what to download, from where, and where to put it."""
+    if model.startswith("hf-hub:"):
+        repository, file = model.removeprefix("hf-hub:"), "open_clip_config.json and open_clip_model.safetensors"
+        use = f"put both into a folder and use model='local-dir:FOLDER' (its tokenizer files too, if {repository} has some)"
+    else:
+        record = open_clip.get_pretrained_cfg(model, pretrained)
+        repository, _, file = record.get("hf_hub", "").rpartition("/")
+        file = file or "open_clip_model.safetensors (or open_clip_pytorch_model.bin)"
+        use = f"put it anywhere and use model={model!r}, pretrained='PATH/TO/FILE'"
+        if not repository:
+            return f"download {record.get('url')} on a machine with a network; {use}"
+    return (f"on a machine with a network download {file} from {huggingface_hub.constants.ENDPOINT}/{repository}; {use}. "
+            f"Or copy that machine's Hugging Face cache to {huggingface_hub.constants.HF_HUB_CACHE}")  # fmt: skip
+
+
+def _is_openai(model: str, pretrained: str) -> bool:
+    """Tell whether these are OpenAI's weights: all have QuickGELU, and everybody calls them by the plain model name."""
+    return pretrained.lower() == "openai" and bool(open_clip.get_pretrained_cfg(model, pretrained))
+
+
+def _check_names(model: str, pretrained: str) -> None:
+    """Raise ModelError, with the nearest known names, for what open_clip does not know or would load wrongly."""
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise ModelError(
+                f"{folder}: no open_clip_config.json there. Give an open_clip model's folder, e.g. {SAMPLE_MODEL}."
+            )
+        return
+    if model.startswith("hf-hub:"):
+        return
+    if model not in open_clip.list_models():
+        raise ModelError(f"open_clip has no model {model!r}. Nearest: {_nearest(model, open_clip.list_models())}. "
+                         "Also possible: 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'.")  # fmt: skip
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    record = open_clip.get_pretrained_cfg(model, pretrained)
+    # a tag trained without QuickGELU is not listed for a "-quickgelu" model, so a mismatch has this direction only
+    lacks = bool(record.get("quick_gelu")) and not open_clip.get_model_config(model).get("quick_gelu")
+    if lacks and not _is_openai(model, pretrained):
+        raise ModelError(f"QuickGELU mismatch: the weights {pretrained!r} were trained with it, and {model} computes "
+                         f"without. Use model={model + '-quickgelu'!r}.")  # fmt: skip
+    if record or Path(pretrained).is_file():
+        return
+    if not pretrained:
+        raise ModelError(
+            f"{model} without weights would be a random network. Set pretrained= to a file, or one of: {', '.join(tags)}."
+        )
+    if "/" in pretrained or Path(pretrained).suffix:
+        raise ModelError(
+            f"{pretrained}: no such checkpoint file. Give a file, or one of {model}'s tags: {', '.join(tags)}."
+        )
+    raise ModelError(f"open_clip has no weights {pretrained!r} for {model}. Nearest: {_nearest(pretrained, tags)}.")
+
+
+def _load(model: str, pretrained: str, precision: str, device: torch.device) -> Any:
+    _check_names(model, pretrained)
+    needs_hub = model.startswith("hf-hub:") or bool(open_clip.get_pretrained_cfg(model, pretrained))
+    offline = needs_hub and not _hub_is_reachable()
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = (
+        before or offline
+    )  # its cache then answers at once, without a try at the network
+    try:
+        return open_clip.create_model(
+            model, pretrained or None, precision=precision, device=device, require_pretrained=True,
+            force_quick_gelu=_is_openai(model, pretrained),
+        )  # fmt: skip
+    except Exception as error:
+        name = f"{model} {pretrained}".strip()
+        if offline:
+            raise ModelError(f"The weights of {name} are not on this machine, and {huggingface_hub.constants.ENDPOINT} cannot "
+                             f"be reached. What to do: {_where_to_get(model, pretrained)}. Without weights, the sample "
+                             f"model works: model='{SAMPLE_MODEL}'.") from error  # fmt: skip
+        whole = "Check that the file is whole and of this model"
+        remedy = f"If a download keeps failing: {_where_to_get(model, pretrained)}" if needs_hub else whole
+        raise ModelError(f"{name} could not be loaded: {' '.join(str(error).split())}. {remedy}.") from error
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def encode_masked(visual: Any, pixels: torch.Tensor, keep: torch.Tensor, from_block: int | None = None) -> torch.Tensor:
+    """Encode one image for N regions, the patches outside of each region hidden: [N, D], not normalized.
+
+    `visual` is an image tower with patch tokens (`has_patch_tokens`), `pixels` [1, 3, S, S] its input, and `keep`
+    [N, patches] bool what `patch_masks` gives. From block `from_block` on (0 is the first) no token attends to a hidden
+    patch, as if it had been dropped; the blocks before run once for all regions. The default is the last quarter of the
+    blocks, as in Global-Local CLIP (Yu et al., CVPR 2023: from 9 of 12). Their code sets hidden tokens to zero before
+    each of these blocks, which leaves them a share of the attention. With every patch kept, it is the plain feature.
+    """
+    blocks = visual.transformer.resblocks
+    from_block = len(blocks) * 3 // 4 if from_block is None else from_block
+    if not 0 <= from_block < len(blocks):
+        raise ValueError(f"from_block is {from_block}; the image tower has the blocks 0 to {len(blocks) - 1}.")
+    hidden = torch.cat([torch.zeros_like(keep[:, :1]), ~keep], 1)  # the class token comes first and is never hidden
+
+    def for_each_region(block: Any, args: tuple) -> tuple:
+        return args[0].expand(len(keep), -1, -1), *args[1:]
+
+    def hide(attention: Any, args: tuple, kwargs: dict) -> tuple:
+        return args, {**kwargs, "key_padding_mask": hidden}
+
+    hooks = [blocks[from_block].register_forward_pre_hook(for_each_region)]
+    hooks += [block.attn.register_forward_pre_hook(hide, with_kwargs=True) for block in blocks[from_block:]]
+    try:
+        features = visual(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return features[0] if isinstance(features, tuple) else features
+
+
+def has_patch_tokens(visual: Any) -> bool:
+    """Tell whether an image tower is open_clip's VisionTransformer, whose feature is the class token."""
+    return (
+        isinstance(visual, open_clip.transformer.VisionTransformer)
+        and visual.pool_type == "tok"
+        and visual.attn_pool is None
+        and all(isinstance(block.attn, torch.nn.MultiheadAttention) for block in visual.transformer.resblocks)
+    )
+
+
+def noun_phrases(texts: Sequence[str]) -> tuple[list[str], str]:
+    """Return the head noun phrase of each expression, "the man" of "the man left of a car", and what found them.
+
+    The rule is Global-Local CLIP's (Yu et al., CVPR 2023): the noun chunk of the sentence's root or, where that is in
+    none, of the root's first child; else the whole expression. The parser is the best English model that spaCy has on
+    this machine. Without spaCy or a model the expressions come back as they are, and the second value says so.
+    """
+    try:
+        import spacy
+    except ImportError:
+        return list(texts), "none: spaCy is not installed"
+    for name in ("en_core_web_lg", "en_core_web_trf", "en_core_web_md", "en_core_web_sm"):
+        if spacy.util.is_package(name):
+            parser = spacy.load(name)
+            return [_noun_phrase(parsed) for parsed in parser.pipe(texts)], f"spaCy {name} {parser.meta['version']}"
+    return list(texts), "none: spaCy has no English model here (python -m spacy download en_core_web_lg)"
+
+
+def _noun_phrase(parsed: Any) -> str:
+    chunk_of = {token.i: chunk for chunk in parsed.noun_chunks for token in chunk}
+    root = [token for token in parsed if token.head.i == token.i][-1:]
+    heads = [token for token in root + [child for token in root for child in token.children][:1] if token.i in chunk_of]
+    return chunk_of[heads[0].i].text if heads else parsed.text
+
+
+class ClipScorer:
+    """An open_clip model that turns images, regions and texts into unit vectors, and those into logits.
+
+    `model`, `pretrained`: any pair that open_clip knows; or `hf-hub:OWNER/NAME`, or `local-dir:FOLDER` (both bring
+    their own weights); or a model name with `pretrained` the path of a checkpoint file. `device="auto"` takes CUDA, then
+    Apple MPS, then the CPU;
+    `precision="auto"` takes bf16 on a GPU that has it, else fp32. Raises ModelError: a model is never used without weights.
+
+    >>> scorer = ClipScorer("local-dir:data/clip-refshapes", device="cpu")
+    >>> scorer.encode_texts(["a photo of red star", "a photo of key"]).shape
+    torch.Size([2, 64])
+    """
+
+    def __init__(self, model: str = "ViT-B-32", pretrained: str = "openai", device: str = "auto", precision: str = "auto",
+                 batch_size: int = 256) -> None:  # fmt: skip
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
+        own_weights = model.startswith(("local-dir:", "hf-hub:"))
+        self.model_name, self.pretrained = model, "" if own_weights else pretrained
+        self.model: Any = _load(model, self.pretrained, self.precision, self.device).eval()
+        self.tokenizer = open_clip.get_tokenizer(model)
+        self.batch_size = batch_size
+        preprocess = self.model.visual.preprocess_cfg
+        size = preprocess["size"]
+        self.image_size: int | tuple[int, int] = size if isinstance(size, int) else tuple(size)
+        self._mean, self._std = list(preprocess["mean"]), list(preprocess["std"])
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            self.precision.removeprefix("pure_"), torch.float32
+        )
+        self.logit_scale = float(self.model.logit_scale.detach().exp())
+        bias = getattr(self.model, "logit_bias", None)
+        self.logit_bias = 0.0 if bias is None else float(bias.detach())  # SigLIP
+        self._text_features: dict[str, torch.Tensor] = {}
+
+    def _pixels(self, views: torch.Tensor) -> torch.Tensor:
+        """Turn [N, 3, S, S] uint8 on any device into the model's input."""
+        pixels = transforms.to_dtype(views.to(self.device), torch.float32, scale=True)
+        return transforms.normalize(pixels, self._mean, self._std).to(self._dtype)
+
+    def _encode_stream(self, views: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Encode a stream of [n, 3, S, S] uint8 in full batches, whatever the n: [N, D], not normalized, on the CPU."""
+
+        def encode(batch: torch.Tensor) -> torch.Tensor:
+            return self.model.encode_image(self._pixels(batch)).float()
+
+        features, waiting = [], 0
+        buffer: list[torch.Tensor] = []
+        with torch.inference_mode():
+            for block in views:
+                buffer.append(block)
+                waiting += len(block)
+                if waiting >= self.batch_size:
+                    joined = torch.cat(buffer)
+                    whole = waiting - waiting % self.batch_size
+                    features += [encode(part) for part in joined[:whole].split(self.batch_size)]
+                    buffer, waiting = [joined[whole:]], waiting - whole
+            if waiting:
+                features.append(encode(torch.cat(buffer)))
+        if not features:
+            raise ValueError("Nothing to encode: no images or regions were given.")
+        return torch.cat(features).cpu()
+
+    def encode_images(self, images: Iterable[Image.Image | torch.Tensor]) -> torch.Tensor:
+        """Encode PIL images or uint8 tensors [3, H, W], squashed to the model's square: [N, D] unit vectors on the CPU."""
+
+        def views() -> Iterator[torch.Tensor]:
+            for image in images:
+                pixels = image if isinstance(image, torch.Tensor) else transforms.pil_to_tensor(image.convert("RGB"))
+                yield squash(pixels.to(self.device), self.image_size)[None]
+
+        return torch.nn.functional.normalize(self._encode_stream(views()), dim=-1)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Encode texts as they are (no template): [N, D] unit vectors, float32, on the CPU. Each distinct text is encoded once.
+
+        Texts over the model's context length are truncated, as CLIP does; a warning says how many.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._text_features]
+        if new:
+            length = self.tokenizer.context_length
+            tokens = self.tokenizer(new)
+            padding = self.tokenizer([""], context_length=length + 1)[0, -1]
+            truncated = int((self.tokenizer(new, context_length=length + 1)[:, -1] != padding).sum())
+            if truncated:
+                warnings.warn(f"{truncated} of {len(new)} texts are longer than the {length} tokens of {self.model_name}; "
+                              "their ends are cut off.", stacklevel=2)  # fmt: skip
+            with torch.inference_mode():
+                for start in range(0, len(new), self.batch_size):
+                    part = self.model.encode_text(tokens[start : start + self.batch_size].to(self.device))
+                    part = torch.nn.functional.normalize(part.float(), dim=-1).cpu()
+                    self._text_features.update(zip(new[start : start + self.batch_size], part, strict=True))
+        if not len(texts):
+            raise ValueError("Nothing to encode: no texts were given.")
+        return torch.stack([self._text_features[text] for text in texts])
+
+    def encode_regions(
+        self,
+        ds: ReferDataset,
+        regions: pd.DataFrame,
+        visual_prompts: Sequence[str] = ("crop", "blur"),
+        global_weight: float = 0.95,
+        from_block: int | None = None,
+    ) -> torch.Tensor:
+        """Encode every region under every visual prompt: [P, R, D] unit vectors, float32, on the CPU.
+
+        Each image is decoded once. `regions` has one row a candidate, the rows in any order: image_id, x, y, w, h in
+        pixels and, for visual prompts that show masks, segmentation. The prompt "global_local" is Global-Local CLIP's
+        (Yu et al., CVPR 2023): `global_weight` · g + (1 - `global_weight`) · l of features not yet normalized, where g is
+        the whole image's with the patches outside the mask hidden (`encode_masked`), and l that of mask_crop. The paper's
+        weight is 0.95, and 0.85 for RefCOCOg.
+
+        Raises DatasetError for images and masks that are missing or damaged, ValueError for an unknown visual prompt,
+        ModelError for global_local with a model that has no class token over patch tokens.
+        """
+        mixed = [p for p, name in enumerate(visual_prompts) if name == "global_local"]
+        if mixed and not has_patch_tokens(self.model.visual):
+            raise ModelError(f"The visual prompt 'global_local' hides patch tokens, but the image tower of "
+                             f"{self.model_name}, {type(self.model.visual).__name__}, has no class token over such. Use "
+                             "a ViT of open_clip, e.g. ViT-B-32, or a prompt such as mask_crop.")  # fmt: skip
+        segmentations = None if MASK_PROMPTS.isdisjoint(visual_prompts) else _segmentations(ds, regions, visual_prompts)
+        missing = ds.missing_images()
+        if missing:  # known before hours of work, not after
+            raise DatasetError(f"{len(missing)} of {len(ds.images)} images are not in {ds.image_root}, e.g. {missing[0]}. Get "
+                               "them with `bsap data get`, or pass the right `image_root`.")  # fmt: skip
+        rows_of_image = regions.groupby("image_id", sort=False).indices
+        boxes = torch.tensor(regions[["x", "y", "w", "h"]].to_numpy(np.float32))
+        global_features: list[torch.Tensor] = []
+
+        def views() -> Iterator[torch.Tensor]:
+            for image_id, rows in tqdm(rows_of_image.items(), desc="Encoding images", delay=2, leave=False):
+                image, masks = transforms.pil_to_tensor(ds.load_image(image_id)).to(self.device), None
+                if segmentations is not None:
+                    try:
+                        decoded = decode_masks(segmentations[rows], *image.shape[1:])
+                    except DatasetError as error:
+                        raise DatasetError(f"Image {image_id}: the mask of a candidate is wrong: {error}. Correct it, or "
+                                           "leave this candidate out.") from error  # fmt: skip
+                    masks = torch.from_numpy(decoded).to(self.device)
+                if mixed and masks is not None:
+                    pixels = self._pixels(squash(image, self.image_size)[None])
+                    for keep in patch_masks(masks, self.model.visual.grid_size).split(self.batch_size):
+                        global_features.append(encode_masked(self.model.visual, pixels, keep, from_block).float().cpu())
+                of_image = boxes[torch.from_numpy(rows)].to(self.device)
+                yield show_regions(image, of_image, visual_prompts, self.image_size, masks).flatten(0, 1)
+
+        features = self._encode_stream(views())
+        prompts = len(visual_prompts)
+        places = np.arange(prompts)[:, None] * len(regions)  # a block has all prompts of one image
+        source = np.concatenate([(places + rows).ravel() for rows in rows_of_image.values()])
+        ordered = torch.empty_like(features)
+        ordered[torch.from_numpy(source)] = features
+        ordered = ordered.view(prompts, len(regions), -1)
+        if mixed:
+            rows = torch.from_numpy(np.concatenate(list(rows_of_image.values())))
+            ordered[mixed] *= 1 - global_weight
+            ordered[torch.tensor(mixed)[:, None], rows] += global_weight * torch.cat(global_features)
+        return torch.nn.functional.normalize(ordered, dim=-1)
+
+    def logits(self, features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        """Return the logits [R, T] of features [R, D] or [P, R, D] (then the mean over the P visual prompts) for texts [T, D].
+
+        `logit_scale · cos`, plus SigLIP's logit bias. ReCLIP sums over prompts: the same ranking for CLIP, but the mean keeps the
+        meaning of BSAP's temperature whatever the number of prompts.
+        """
+        mean = features.mean(0) if features.ndim == 3 else features
+        return self.logit_scale * mean @ text_features.T + self.logit_bias
+
+    def weights_hash(self) -> str:
+        """Return 12 hexadecimal digits that change whenever the weights do."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+
+def _segmentations(ds: ReferDataset, regions: pd.DataFrame, visual_prompts: Sequence[str]) -> np.ndarray:
+    """Return the segmentation of each candidate: [R], None for the whole image. Raises DatasetError where one lacks."""
+    given = regions["segmentation"].to_numpy(object) if "segmentation" in regions else np.full(len(regions), None)
+    there = np.array([isinstance(one, (dict, list)) and len(one) > 0 for one in given], dtype=bool)
+    size = ds.images.loc[regions["image_id"], ["width", "height"]].to_numpy()
+    without = np.flatnonzero(~there & (regions[["w", "h"]].to_numpy() < size).any(1))
+    if len(without):
+        names = ", ".join(name for name in visual_prompts if name in MASK_PROMPTS)
+        raise DatasetError(f"{len(without)} of {len(regions)} candidates have no segmentation (the first is of image "
+                           f"{regions['image_id'].iloc[without[0]]}), which {names} needs. Pass candidates with masks, "
+                           "such as those of ground_truth, or choose visual prompts for boxes.")  # fmt: skip
+    masks = given.copy()
+    masks[~there] = None
+    return masks
+
+
+@dataclass(frozen=True)
+class ReferLogits:
+    """The logits of one evaluation; every correction of `normalization.METHODS` is a function of the first three.
+
+    `query` [R, Q]: column j of a region is the j-th expression of *its own* image, NaN where the image has fewer; `aux` [R, M];
+    `group` [R]: the image (0..G-1) of each region. Expression e of the data set stands in `query[group == expression_group[e],
+    expression_slot[e]]`.
+    """
+
+    query: torch.Tensor
+    aux: torch.Tensor
+    group: torch.Tensor
+    expression_group: torch.Tensor
+    expression_slot: torch.Tensor
+    noun_parser: str = ""  # who found the head noun phrases, as `noun_phrases` says it; "" where none were asked for
+
+
+def refer_logits(
+    scorers: Sequence[ClipScorer],
+    ds: ReferDataset,
+    regions: pd.DataFrame,
+    aux_prompts: Sequence[str],
+    visual_prompts: Sequence[str] = ("crop", "blur"),
+    template: str = TEMPLATE,
+    head_noun_weight: float = 1.0,
+    global_weight: float = 0.95,
+    features: Sequence[torch.Tensor] | None = None,
+) -> ReferLogits:
+    """Score the candidate regions of every image against its expressions and the auxiliary prompts.
+
+    Several scorers (ReCLIP uses two) are averaged. `global_weight` is that of `ClipScorer.encode_regions`. With
+    `head_noun_weight` r < 1, the text is r · expression + (1 - r) · its head noun phrase (`noun_phrases`), unit vectors,
+    normalized again; Global-Local CLIP (Yu et al., CVPR 2023) has r = 0.5, and mixes before it normalizes. `features`,
+    one [P, R, D] for each scorer as `encode_regions` gives them, are used where passed: nothing is encoded twice. Raises
+    DatasetError when an image with expressions has no candidate region.
+    """
+    names, group = np.unique(regions["image_id"].to_numpy(), return_inverse=True)
+    expressions = ds.expressions
+    without = sorted(set(expressions["image_id"]) - set(names))
+    if without:
+        raise DatasetError(f"{len(without)} images with expressions have no candidate region, e.g. image {without[0]}. "
+                           "Pass proposals of all images: from_boxes adds the whole image where there was none.")  # fmt: skip
+    expression_group = torch.from_numpy(np.searchsorted(names, expressions["image_id"].to_numpy()))
+    slot = torch.from_numpy(expressions.groupby("image_id").cumcount().to_numpy())
+    texts = [template.format(text.lower()) for text in expressions["text"]]
+    aux_texts = [template.format(text.lower()) for text in aux_prompts]
+    noun_parser = ""
+    if head_noun_weight < 1:
+        phrases, noun_parser = noun_phrases([text.lower() for text in expressions["text"]])
+        phrases = [template.format(phrase) for phrase in phrases]
+
+    # every (region, expression of its image) pair: the text features are gathered per pair, never as a full [R, T] matrix
+    row_of_slot = torch.full((len(names), int(slot.max()) + 1), -1)
+    row_of_slot[expression_group, slot] = torch.arange(len(texts))
+    pairs = row_of_slot[torch.from_numpy(group)]  # [R, Q]: row of `expressions`, or -1
+    region_row, column = (pairs >= 0).nonzero(as_tuple=True)
+    query = torch.full(pairs.shape, 0.0)
+    aux = torch.zeros(len(regions), len(aux_texts))
+    for number, scorer in enumerate(scorers):
+        shown = features[number] if features else scorer.encode_regions(ds, regions, visual_prompts, global_weight)
+        region_features = shown.mean(0)
+        text_features = scorer.encode_texts(texts)
+        if noun_parser:
+            mixture = head_noun_weight * text_features + (1 - head_noun_weight) * scorer.encode_texts(phrases)
+            text_features = torch.nn.functional.normalize(mixture, dim=-1)
+        aux += scorer.logits(region_features, scorer.encode_texts(aux_texts)) / len(scorers)
+        for part in torch.arange(len(region_row)).split(65_536):
+            r, c = region_row[part], column[part]
+            cosine = (region_features[r] * text_features[pairs[r, c]]).sum(-1)
+            query[r, c] += (scorer.logit_scale * cosine + scorer.logit_bias) / len(scorers)
+    query[pairs < 0] = torch.nan
+    return ReferLogits(query, aux, torch.from_numpy(group), expression_group, slot, noun_parser)
