@@ -3,6 +3,8 @@
     bsap run 03_rec -p DATASET refcoco -p SPLIT val         # one notebook       -> figures/refcoco-val/
     bsap run --all --params notebooks/params/sample.yaml    # 01, 02, … in order -> figures/sample/
     bsap run 03_rec --list                                  # its parameters, with defaults
+    bsap data get refcoco --split val; bsap data check data # the real data sets, and what is on disk
+    bsap masks refcoco --split val --method felzenszwalb    # candidate masks for 04_ris
 
 Wherever a notebook lies, it runs in this very Python with the repository's root as working directory, so that a
 relative path in a parameter (OUT_DIR too) always means the same. It writes to a staging folder below `runs/<time>/`;
@@ -349,6 +351,94 @@ def run(
         except (SystemExit, OSError) as e:
             rest = ", ".join(s for s in targets if s > stem) or "-"
             fail(f"{str(e).removeprefix('bsap: ')}\nAs far as it got: {shown(folder / stem)}.ipynb; not run: {rest}")
+
+
+@app.command("masks")
+def masks(
+    dataset: Annotated[str, typer.Argument(help="refshapes, refcoco, refcoco+, refcocog, or another in their layout.")],
+    method: Annotated[str, typer.Option(help="felzenszwalb (needs no weights) or sam (extra: sam).")] = "felzenszwalb",
+    split: Annotated[str, typer.Option(help="Only the images of this split.", show_default="all")] = "",
+    root: Annotated[Path | None, typer.Option(help="Where the data set lies.", show_default="as the notebooks")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write.", show_default="ROOT/<dataset>_masks.json, if not there yet")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="SAM: a name on the hub, or a folder.", show_default="facebook/sam-vit-base")
+    ] = "",
+) -> None:
+    """Segment the images of a data set: candidate masks for `bsap run 04_ris -p PROPOSALS masks` (or the file)."""
+    from bsap_utils import segmenters
+    from bsap_utils.datasets import DatasetError, load_refer
+
+    check_known("no method", [method], ["felzenszwalb", "sam"])
+    folder = root or ROOT / ("data/refshapes" if dataset == "refshapes" else "data")
+    target = out or folder / f"{dataset}_masks.json"
+    if target.exists() and out is None:
+        fail(f"{shown(target)} is there already. Name another file with --out, or the same to replace it.")
+    try:
+        ds = load_refer(folder, dataset)
+        ds = ds.select(split=split) if split else ds
+        absent = ds.missing_images()
+        if absent:
+            fail(f"{len(absent):,} of {len(ds.images):,} images are missing, e.g. {absent[0]}: bsap data get {dataset}")
+        segment = segmenters.sam(model or segmenters.SAM) if method == "sam" else segmenters.felzenszwalb
+        count = segmenters.write_masks(ds, segment, target)
+    except (DatasetError, RuntimeError, OSError) as e:
+        fail(str(e))
+    typer.echo(f"{count:,} masks of {len(ds.images):,} images are in {shown(target)}")
+    typer.echo(f"Next: bsap run 04_ris -p DATASET {dataset} -p PROPOSALS {shown(target) if out else 'masks'}")
+
+
+data = typer.Typer(no_args_is_help=True, help="Get RefCOCO, RefCOCO+ and RefCOCOg, and check what is on disk.")
+app.add_typer(data, name="data")
+
+
+@data.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="refcoco, refcoco+ or refcocog.")],
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="val, testA, testB (refcocog: val, test), train; several as a,b. All but train."),
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Where to.", show_default="data/")] = ROOT / "data",
+    base_url: Annotated[
+        str | None,
+        typer.Option(envvar="BSAP_BASE_URL", help="A mirror of the same file names, instead of all addresses."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="A COCO folder, whose pictures are linked, not copied.")] = None,
+) -> None:
+    """Fetch annotations, detections and only the pictures that the splits need; goes on where it was interrupted."""
+    from bsap_utils import download
+
+    splits = [one for given in split or [] for one in given.split(",")]
+    root = root.relative_to(Path.cwd()) if root.is_relative_to(Path.cwd()) else root  # shorter in messages
+    try:
+        problems = download.get(name, splits, root, base_url, images)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
+    except (ValueError, OSError) as e:
+        fail(f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e))
+    if problems:
+        fail("not all could be got; what could is kept.\n" + "\n".join(problems))
+    where = "" if root.resolve() == ROOT / "data" else f" -p DATA_ROOT {root.resolve()}"
+    typer.echo(f"All there. Next: bsap run 03_rec -p DATASET {name} -p SPLIT {splits[0] if splits else 'val'}{where}")
+
+
+@data.command("check")
+def data_check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A root such as data, or one data set.")],
+) -> None:
+    """Tell what is there and what is wrong; exit code 0 if each split that was got can be evaluated in full."""
+    from bsap_utils import download
+
+    try:
+        rows, wrong = download.check(folder)
+    except (ValueError, OSError) as e:
+        fail(str(e))
+    typer.echo(rows.to_string(index=False))
+    if wrong:
+        more = [f"… and {len(wrong) - 20:,} more"] if len(wrong) > 20 else []
+        fail("\n".join([f"{len(wrong):,} things are wrong:", *wrong[:20], *more]))
 
 
 if __name__ == "__main__":
