@@ -1,0 +1,193 @@
+"""Sentences that notebooks print under their figures, built from the numbers of the run: their wording follows the signs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .analysis import best_level
+from .evaluation import ORACLE
+
+if TYPE_CHECKING:
+    pass
+
+
+_SAID = {"clip": "CLIP", "bsap": "BSAP", "bsap_h": "BSAP-H", "bsap_minmax": "BSAP min–max", "bsap_zscore": "BSAP z-score",
+         "dn": "distribution normalization", "nnn": "NNN", "qb_norm": "QB-Norm"}  # fmt: skip
+
+
+def ris_reading(table: pd.DataFrame, predictions: pd.DataFrame, compared: str, where: str) -> str:
+    """Say in words what `ris_table` of one split and its predictions show; every figure and its sign come from them."""
+    row = table.set_index("method")
+    clip, other, best = row.loc["clip"], row.loc[compared], row.loc[ORACLE]
+    name = _SAID.get(compared, compared)
+
+    def change(measure: str, label: str) -> str:
+        delta, low, high = (
+            other[f"delta_{measure}_vs_clip"],
+            other[f"delta_{measure}_low"],
+            other[f"delta_{measure}_high"],
+        )
+        clear = "more" if low > 0 else "less" if high < 0 else None
+        said = (
+            f"{abs(delta):.1f} points {clear}"
+            if clear
+            else f"{delta:+.1f} points, which so few pictures cannot tell from 0"
+        )
+        return f"{label} {other[measure]:.1f} % ({said}; interval {low:+.1f} to {high:+.1f})"
+
+    iou = predictions.pivot(index="sent_id", columns="method", values="iou")
+    better, worse = (iou[compared] > iou["clip"]).mean(), (iou[compared] < iou["clip"]).mean()
+    oiou, miou = (_SAID.get(best_of, best_of) for best_of in row.drop(ORACLE)[["oiou", "miou"]].idxmax())
+    leaders = f"The highest oIoU is that of {oiou}, the highest mIoU {'too' if oiou == miou else 'that of ' + miou}."
+    return (
+        f"On {where} CLIP reaches oIoU {clip['oiou']:.1f} % and mIoU {clip['miou']:.1f} %. Against that {name} has "
+        f"{change('oiou', 'oIoU')} and {change('miou', 'mIoU')}. {leaders} The best candidate of every picture would "
+        f"give oIoU {best['oiou']:.1f} % and mIoU {best['miou']:.1f} %: of the mIoU that choosing can reach, {name} has "
+        f"{100 * other['miou'] / best['miou']:.0f} %, CLIP {100 * clip['miou'] / best['miou']:.0f} %. {name}'s mask is the "
+        f"better one for {100 * better:.1f} % of the expressions, CLIP's for {100 * worse:.1f} %; for the rest they are "
+        "equally good."
+    )
+
+
+def ris_conclusion(table: pd.DataFrame, compared: str, dataset: str) -> str:
+    """Say what all splits of `ris_table` allow to conclude: whether they agree, and what limits the result."""
+    name = _SAID.get(compared, compared)
+    rows, clip, best = (table[table["method"] == method].set_index("split") for method in (compared, "clip", ORACLE))
+
+    def verdict(measure: str, label: str) -> str:
+        low, high = rows[f"delta_{measure}_low"], rows[f"delta_{measure}_high"]
+        said = {
+            split: "higher" if low[split] > 0 else "lower" if high[split] < 0 else "not told apart"
+            for split in rows.index
+        }
+        if len(set(said.values())) == 1:
+            word = next(iter(said.values()))
+            return f"{label} is {word} {'from' if 'apart' in word else 'than'} CLIP's on {' and '.join(said)}"
+        return f"{label}, against CLIP's, is " + ", ".join(f"{what} on {split}" for split, what in said.items())
+
+    lost = [100 - best["miou"].mean(), best["miou"].mean() - rows["miou"].mean()]
+    larger = "the choice" if lost[1] > lost[0] else "the segmenter's masks"
+    text = (
+        f"With 95 % intervals, {name}'s {verdict('oiou', 'oIoU')}; {verdict('miou', 'its mIoU')}. Of what lacks to mIoU 100 %, "
+        f"{lost[0]:.1f} points are lost before any choice, because no candidate is the exact mask, and {lost[1]:.1f} by choosing "
+        f"(CLIP: {(best['miou'] - clip['miou']).mean():.1f}): {larger} cost{'s' if larger == 'the choice' else ''} more."
+    )
+    if dataset == "refshapes":
+        text += " This is the bundled sample, generated scenes and a small CLIP: no claim about RefCOCO."
+    return text
+
+
+def family_reading(accuracy: pd.DataFrame, unclear: np.ndarray, places: pd.DataFrame, left: float, nearest: int) -> str:
+    """Return what the map of weights (index) × temperatures (columns) shows; its wording follows the numbers.
+
+    `unclear` [W, T]: not told from the best. `places`: label, temperature, weight, approximate; the last row is the best.
+    `left` is the second value of `matching_temperature`, for the approximate place of NNN with k = `nearest`.
+    """
+
+    def named(temperature: float) -> str:
+        return "∞" if np.isinf(temperature) else f"{temperature:.3g}"
+
+    finite, chosen = np.log(accuracy.columns[:-1].to_numpy(float)), places.iloc[-1]
+    said: dict[bool, list[str]] = {True: [], False: []}
+    for place in places.iloc[:-1].itertuples():
+        infinite = np.isinf(place.temperature)
+        column = len(finite) if infinite else np.abs(finite - np.log(place.temperature)).argmin()
+        row = np.abs(accuracy.index.to_numpy() - place.weight).argmin()
+        said[bool(unclear[row, column])].append(f"{place.label} ({accuracy.iloc[row, column]:.1f} %)")
+    text = (f"The best setting is T = {named(chosen.temperature)}, w = {chosen.weight:g}, with "
+            f"{accuracy.to_numpy().max():.1f} %. {100 * unclear.mean():.0f} % of the map cannot be told from it (white "
+            f"outline). In there: {', '.join(said[True]) or 'no published method'}; outside: "
+            f"{', '.join(said[False]) or 'none'}.")  # fmt: skip
+    if chosen.weight in (accuracy.index[0], accuracy.index[-1]):
+        text += f" The best lies on the map's edge, w = {chosen.weight:g}: a weight beyond it might be better still."
+    for place in places[places["approximate"]].itertuples():
+        text += (f" NNN's mark is at T = {named(place.temperature)}, where the pool differs from the mean of the {nearest} "
+                 f"largest by {100 * left:.1f} % of that mean's variance within images.")  # fmt: skip
+    return text
+
+
+def plain_reading(row: pd.Series, split: str) -> str:
+    """Return how BSAP does against CLIP, from its row of an `ablation_table`; what contradicts the method comes first."""
+    text = ""
+    if row.delta_ci_low <= 0:
+        text = f"**On {split} BSAP is {'not told from' if row.delta_ci_high >= 0 else 'worse than'} CLIP.** "
+    return (f"{text}On {split} BSAP (T = 1, w = 1) is right for {row.accuracy:.1f} % of the expressions and CLIP for "
+            f"{row.clip_accuracy:.1f} %: {row.delta_vs_clip:+.1f} points (95 % interval {row.delta_ci_low:+.1f} to "
+            f"{row.delta_ci_high:+.1f}).")  # fmt: skip
+
+
+def chosen_reading(table: pd.DataFrame, chosen_on: str, reported_on: str, row: int = -1) -> str:
+    """Return what became of the setting in `row`, chosen on one split, on another: from an `ablation_table`, BSAP first.
+
+    Column accuracy_where_chosen is each row's accuracy on `chosen_on`.
+    """
+    first, last, best = table.iloc[0], table.iloc[row], table.iloc[table["accuracy"].argmax()]
+    text = plain_reading(first, reported_on)
+    text += (f" *{last.level}* had {last.accuracy_where_chosen:.1f} % on {chosen_on}, and has {last.accuracy:.1f} % on "
+             f"{reported_on} ({last.accuracy - last.accuracy_where_chosen:+.1f}; BSAP moved by "
+             f"{first.accuracy - first.accuracy_where_chosen:+.1f}). Against CLIP that is {last.delta_vs_clip:+.1f} points "
+             f"({last.delta_ci_low:+.1f} to {last.delta_ci_high:+.1f}), against BSAP {last.delta_vs_default:+.1f} "
+             f"({last.default_ci_low:+.1f} to {last.default_ci_high:+.1f}): ")  # fmt: skip
+    if last.default_ci_low > 0:
+        text += "choosing it on other images pays here."
+    elif last.default_ci_high < 0:
+        text += "choosing it on other images does harm here."
+    else:
+        text += "what the choice brings is within chance here."
+    return f"{text} The highest on {reported_on}, found after the fact, is {best.level} with {best.accuracy:.1f} %."
+
+
+def ablation_reading(table: pd.DataFrame, factor: str, default: int = 0) -> str:
+    """Return a few sentences on what an `ablation_table` shows; their wording follows the numbers.
+
+    The default is row `default`; the best and the worst level are those of this table, found after the fact.
+    """
+    best, worst, usual = (table.iloc[row] for row in (best_level(table, default), table["accuracy"].argmin(), default))
+    text = (f"**{factor}.** Accuracy is highest with *{best.level}* ({best.accuracy:.1f} %) and lowest with *{worst.level}* "
+            f"({worst.accuracy:.1f} %). ")  # fmt: skip
+    far = worst if best.name == usual.name else best
+    gap = f"{far.delta_vs_default:+.1f} points (95 % interval {far.default_ci_low:+.1f} to {far.default_ci_high:+.1f})"
+    if far is worst:
+        text += f"The highest is the default; the lowest is {gap} from it."
+    else:
+        luck = "more than chance, though picked as the highest" if far.default_ci_low > 0 else "it may be chance"
+        text += f"From the default, *{usual.level}* ({usual.accuracy:.1f} %), to the highest it is {gap}: {luck}."
+    sure = table["p_holm"] < 0.05
+    better, worse = (int((sure & (sign * table["delta_vs_clip"] > 0)).sum()) for sign in (1, -1))
+    return (f"{text} CLIP at the same level is beaten in {better} of {len(table)} cases and beats the correction in {worse} "
+            "(Holm-corrected p < 0.05).")  # fmt: skip
+
+
+def sizes_reading(table: pd.DataFrame) -> str:
+    """Return what the number of auxiliary prompts does.
+
+    `table` has bank, size, accuracy, clip_accuracy, draw_low and draw_high; the largest size of a bank is all of it.
+    """
+    clip, parts, above = table["clip_accuracy"].iloc[0], [], 0
+    for bank, part in table.groupby("bank", sort=False):
+        one, full = part.iloc[0], part.iloc[-1]
+        near = (part["accuracy"] - full["accuracy"]).abs() <= 1
+        enough = part.loc[near[::-1].cummin()[::-1], "size"].min()
+        parts.append(f"{bank}: one prompt {one.draw_low:.1f} to {one.draw_high:.1f} % over the draws, all {full['size']} "
+                     f"{full.accuracy:.1f} %, within a point of that from {enough} on")  # fmt: skip
+        above += full.ci_low > clip
+    return (f"**Number.** CLIP has {clip:.1f} %. BSAP by bank: {'; '.join(parts)}. With all prompts the interval of {above} of "
+            f"{len(parts)} banks lies above CLIP's accuracy.")  # fmt: skip
+
+
+def cross_reading(cross: pd.DataFrame) -> str:
+    """Return whether banks want different temperatures: `ablation_table`s by temperature, default "1", with a column bank."""
+    best = cross.loc[cross.groupby("bank", sort=False)["accuracy"].idxmax()]
+    said = [f"{row.bank} T = {row.temperature} ({row.accuracy:.1f} %"
+            + (")" if row.temperature == "1" else f"; {row.delta_vs_default:+.1f} points from T = 1, 95 % interval "
+               f"{row.default_ci_low:+.1f} to {row.default_ci_high:+.1f})") for row in best.itertuples()]  # fmt: skip
+    span = cross.groupby("temperature", sort=False)["accuracy"].agg(lambda part: part.max() - part.min())
+    gains = int((best["default_ci_low"] > 0).sum())
+    text = (f"**Bank × temperature.** Best for {', for '.join(said)}. The gain over T = 1 is beyond chance for {gains} of "
+            f"{len(best)} banks, not counting that the best was picked. The best and the worst bank are {span['1']:.1f} points "
+            f"apart at T = 1, {span.min():.1f} at T = {span.idxmin()} (least) and {span.max():.1f} at T = {span.idxmax()} "
+            "(most).")  # fmt: skip
+    return text.replace("T = inf", "T = ∞")
