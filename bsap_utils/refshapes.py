@@ -22,12 +22,13 @@ import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 from tqdm.auto import tqdm
 
 WIDTH, HEIGHT = 320, 240
@@ -67,7 +68,9 @@ def _heart() -> list[float]:
 def _leaf() -> list[float]:
     t = np.linspace(0, 1, 30)
     bulge = 0.36 * np.sin(np.pi * t**0.8)
-    edge = np.concatenate([np.stack([t - bulge * 0.7, 1 - t - bulge * 0.7], 1), np.stack([t + bulge * 0.7, 1 - t + bulge * 0.7], 1)[::-1]])
+    edge = np.concatenate(
+        [np.stack([t - bulge * 0.7, 1 - t - bulge * 0.7], 1), np.stack([t + bulge * 0.7, 1 - t + bulge * 0.7], 1)[::-1]]
+    )
     return np.clip(edge, 0.01, 0.99).ravel().tolist()
 
 
@@ -78,7 +81,8 @@ def _petals() -> list[tuple[str, str, list[float]]]:
 # A kind is drawn on a unit canvas: "add" and "cut" build the silhouette, "detail" is drawn darker on top of it.
 KINDS: dict[str, list[tuple[str, str, list[float]]]] = {
     "star": [("add", "polygon", _star())],
-    "fish": [("add", "ellipse", [0.02, 0.22, 0.76, 0.78]), ("add", "polygon", [0.6, 0.5, 0.98, 0.16, 0.88, 0.5, 0.98, 0.84]),
+    "fish": [("add", "ellipse", [0.02, 0.22, 0.76, 0.78]),
+             ("add", "polygon", [0.6, 0.5, 0.98, 0.16, 0.88, 0.5, 0.98, 0.84]),
              ("detail", "ellipse", [0.14, 0.38, 0.23, 0.47]), ("detail", "arc", [0.12, 0.3, 0.4, 0.7])],
     "mug": [("add", "ellipse", [0.54, 0.28, 0.98, 0.76]), ("cut", "ellipse", [0.66, 0.4, 0.87, 0.64]),
             ("add", "round", [0.06, 0.1, 0.72, 0.94]), ("detail", "ellipse", [0.1, 0.11, 0.68, 0.22])],
@@ -89,46 +93,55 @@ KINDS: dict[str, list[tuple[str, str, list[float]]]] = {
               ("detail", "rectangle", [0.43, 0.64, 0.6, 0.96]), ("detail", "rectangle", [0.2, 0.56, 0.34, 0.7]),
               ("detail", "rectangle", [0.68, 0.56, 0.81, 0.7])],
     "heart": [("add", "polygon", _heart())],
-    "tree": [("detail", "rectangle", [0.43, 0.76, 0.57, 0.99]), ("add", "polygon", [0.5, 0.01, 0.82, 0.38, 0.18, 0.38]),
-             ("add", "polygon", [0.5, 0.18, 0.9, 0.6, 0.1, 0.6]), ("add", "polygon", [0.5, 0.36, 0.98, 0.82, 0.02, 0.82])],
-    "car": [("add", "round", [0.01, 0.44, 0.99, 0.76]), ("add", "polygon", [0.18, 0.48, 0.32, 0.2, 0.7, 0.2, 0.86, 0.48]),
+    "tree": [("detail", "rectangle", [0.43, 0.76, 0.57, 0.99]),
+             ("add", "polygon", [0.5, 0.01, 0.82, 0.38, 0.18, 0.38]),
+             ("add", "polygon", [0.5, 0.18, 0.9, 0.6, 0.1, 0.6]),
+             ("add", "polygon", [0.5, 0.36, 0.98, 0.82, 0.02, 0.82])],
+    "car": [("add", "round", [0.01, 0.44, 0.99, 0.76]),
+            ("add", "polygon", [0.18, 0.48, 0.32, 0.2, 0.7, 0.2, 0.86, 0.48]),
             ("detail", "ellipse", [0.13, 0.62, 0.36, 0.88]), ("detail", "ellipse", [0.64, 0.62, 0.87, 0.88]),
             ("detail", "polygon", [0.27, 0.45, 0.36, 0.26, 0.48, 0.26, 0.48, 0.45]),
             ("detail", "polygon", [0.54, 0.45, 0.54, 0.26, 0.67, 0.26, 0.76, 0.45])],
     "flower": [*_petals(), ("detail", "ellipse", [0.36, 0.36, 0.64, 0.64])],
     "bird": [("add", "ellipse", [0.16, 0.34, 0.82, 0.82]), ("add", "ellipse", [0.58, 0.12, 0.92, 0.48]),
-             ("add", "polygon", [0.88, 0.24, 1.0, 0.32, 0.88, 0.38]), ("add", "polygon", [0.28, 0.48, 0.0, 0.28, 0.06, 0.66]),
+             ("add", "polygon", [0.88, 0.24, 1.0, 0.32, 0.88, 0.38]),
+             ("add", "polygon", [0.28, 0.48, 0.0, 0.28, 0.06, 0.66]),
              ("detail", "ellipse", [0.75, 0.22, 0.82, 0.29]), ("detail", "arc", [0.24, 0.3, 0.66, 0.68]),
              ("detail", "rectangle", [0.42, 0.8, 0.46, 0.97]), ("detail", "rectangle", [0.56, 0.8, 0.6, 0.97])],
-    "boat": [("add", "polygon", [0.02, 0.68, 0.98, 0.68, 0.8, 0.96, 0.2, 0.96]), ("detail", "rectangle", [0.47, 0.04, 0.52, 0.7]),
-             ("add", "polygon", [0.55, 0.08, 0.94, 0.62, 0.55, 0.62]), ("add", "polygon", [0.44, 0.18, 0.14, 0.62, 0.44, 0.62])],
+    "boat": [("add", "polygon", [0.02, 0.68, 0.98, 0.68, 0.8, 0.96, 0.2, 0.96]),
+             ("detail", "rectangle", [0.47, 0.04, 0.52, 0.7]),
+             ("add", "polygon", [0.55, 0.08, 0.94, 0.62, 0.55, 0.62]),
+             ("add", "polygon", [0.44, 0.18, 0.14, 0.62, 0.44, 0.62])],
     "hat": [("add", "round", [0.0, 0.64, 1.0, 0.84]), ("add", "round", [0.22, 0.16, 0.78, 0.78]),
             ("detail", "rectangle", [0.22, 0.54, 0.78, 0.65])],
     "leaf": [("add", "polygon", _leaf()),
              ("detail", "line", [0.02, 0.98, 0.88, 0.12]), ("detail", "line", [0.36, 0.64, 0.34, 0.34]),
              ("detail", "line", [0.4, 0.6, 0.68, 0.64]), ("detail", "line", [0.6, 0.4, 0.58, 0.2])],
     "bottle": [("add", "round", [0.26, 0.4, 0.74, 0.99]), ("add", "rectangle", [0.41, 0.04, 0.59, 0.46]),
-               ("add", "polygon", [0.41, 0.28, 0.59, 0.28, 0.74, 0.52, 0.26, 0.52]), ("detail", "rectangle", [0.4, 0.03, 0.6, 0.11]),
+               ("add", "polygon", [0.41, 0.28, 0.59, 0.28, 0.74, 0.52, 0.26, 0.52]),
+               ("detail", "rectangle", [0.4, 0.03, 0.6, 0.11]),
                ("detail", "rectangle", [0.27, 0.62, 0.73, 0.66]), ("detail", "rectangle", [0.27, 0.84, 0.73, 0.88])],
     "moon": [("add", "ellipse", [0.04, 0.02, 0.98, 0.98]), ("cut", "ellipse", [0.34, -0.06, 1.14, 0.82])],
     "umbrella": [("add", "chord", [0.01, 0.04, 0.99, 1.04]), ("cut", "ellipse", [0.03, 0.47, 0.34, 0.68]),
                  ("cut", "ellipse", [0.35, 0.47, 0.65, 0.68]), ("cut", "ellipse", [0.66, 0.47, 0.97, 0.68]),
                  ("detail", "rectangle", [0.475, 0.5, 0.525, 0.92]), ("detail", "arc", [0.36, 0.78, 0.53, 0.98])],
     "apple": [("add", "ellipse", [0.06, 0.24, 0.6, 0.96]), ("add", "ellipse", [0.4, 0.24, 0.94, 0.96]),
-              ("detail", "line", [0.5, 0.32, 0.56, 0.06]), ("add", "polygon", [0.56, 0.16, 0.72, 0.03, 0.9, 0.06, 0.74, 0.2])],
+              ("detail", "line", [0.5, 0.32, 0.56, 0.06]),
+              ("add", "polygon", [0.56, 0.16, 0.72, 0.03, 0.9, 0.06, 0.74, 0.2])],
     "crown": [("add", "polygon", [0.04, 0.92, 0.02, 0.28, 0.27, 0.54, 0.5, 0.08, 0.73, 0.54, 0.98, 0.28, 0.96, 0.92]),
               ("detail", "rectangle", [0.05, 0.76, 0.95, 0.82]), ("detail", "ellipse", [0.44, 0.56, 0.56, 0.68])],
     "mushroom": [("add", "round", [0.36, 0.46, 0.64, 0.97]), ("add", "chord", [0.02, 0.04, 0.98, 1.06]),
                  ("detail", "ellipse", [0.2, 0.32, 0.34, 0.45]), ("detail", "ellipse", [0.44, 0.14, 0.58, 0.27]),
                  ("detail", "ellipse", [0.66, 0.32, 0.8, 0.45])],
-    "bell": [("add", "ellipse", [0.42, 0.8, 0.58, 0.98]), ("add", "chord", [0.2, 0.06, 0.8, 0.76]), ("add", "ellipse", [0.44, 0.01, 0.56, 0.13]),
+    "bell": [("add", "ellipse", [0.42, 0.8, 0.58, 0.98]), ("add", "chord", [0.2, 0.06, 0.8, 0.76]),
+             ("add", "ellipse", [0.44, 0.01, 0.56, 0.13]),
              ("add", "polygon", [0.2, 0.4, 0.8, 0.4, 0.84, 0.7, 0.97, 0.84, 0.03, 0.84, 0.16, 0.7]),
              ("detail", "rectangle", [0.12, 0.7, 0.88, 0.75])],
 }  # fmt: skip
 GLYPH = 192  # pixels of the canvas a kind is drawn on, before it is resized into a scene
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(kind: str) -> Image.Image:
     """Return kind `kind` as an RGB image whose bands are silhouette, detail and relief shading (128 = flat), each 0..255."""
     silhouette, detail = Image.new("L", (GLYPH, GLYPH)), Image.new("L", (GLYPH, GLYPH))
@@ -197,7 +210,7 @@ def _background(rng: np.random.Generator) -> tuple[np.ndarray, str]:
         dark, light, grain = SURFACES[name]
         tint = rng.normal(0, 7, 3)
         mix = _fractal_noise(rng, grain)[..., None]
-        return np.float32(dark) * (1 - mix) + np.float32(light) * mix + np.float32(tint)
+        return np.array(dark, np.float32) * (1 - mix) + np.array(light, np.float32) * mix + tint.astype(np.float32)
 
     ground, back = rng.choice(list(SURFACES), 2, replace=False)
     canvas = surface(ground)
@@ -209,11 +222,17 @@ def _background(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     return canvas, str(ground)
 
 
-def _paint(canvas: np.ndarray, thing: SceneObject, rng: np.random.Generator, centre: tuple[float, float], taken: list[SceneObject]) -> bool:
+def _paint(
+    canvas: np.ndarray,
+    thing: SceneObject,
+    rng: np.random.Generator,
+    centre: tuple[float, float],
+    taken: list[SceneObject],
+) -> bool:
     """Draw `thing` around `centre` into `canvas` (with its shadow) and set its mask.
 
-    False, and nothing drawn, when it does not fit the picture or would cover over 30 % of an object: a little occlusion is part of
-    life, more makes the referent unclear.
+    False, and nothing drawn, when it does not fit the picture or would cover over 30 % of an object: a little occlusion
+    is part of life, more makes the referent unclear.
     """
     side = SIZES[thing.size] * rng.uniform(0.88, 1.12)
     w, h = int(side * rng.uniform(0.86, 1.0)), int(side * rng.uniform(0.86, 1.0))
@@ -273,7 +292,12 @@ def _choose_attributes(rng: np.random.Generator, others: list[SceneObject], long
         elif others and rng.random() < 0.3:
             colour = others[rng.integers(len(others))].colour
     pattern = str(rng.choice(PATTERNS, p=[0.5, 0.25, 0.25]))
-    return {"kind": kind, "colour": colour, "pattern": pattern, "size": str(rng.choice(list(SIZES), p=[0.2, 0.3, 0.3, 0.2]))}
+    return {
+        "kind": kind,
+        "colour": colour,
+        "pattern": pattern,
+        "size": str(rng.choice(list(SIZES), p=[0.2, 0.3, 0.3, 0.2])),
+    }
 
 
 def _zipf(count: int) -> np.ndarray:
@@ -293,7 +317,8 @@ def draw_scene(rng: np.random.Generator, long_tail: bool = False) -> Scene:
     for _ in range(60):
         if len(objects) == wanted:
             break
-        thing = SceneObject(mask=np.zeros((HEIGHT, WIDTH), bool), **_choose_attributes(rng, objects, long_tail))
+        attributes = _choose_attributes(rng, objects, long_tail)
+        thing = SceneObject(**attributes, mask=np.zeros((HEIGHT, WIDTH), bool))  # type: ignore[arg-type]
         if not _paint(canvas, thing, rng, (rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT)), objects):
             continue
         for other in objects:
@@ -314,7 +339,15 @@ PLACES = {"on the left": lambda x, y: x < WIDTH * 0.36, "on the right": lambda x
 RELATIONS = {"above": lambda dx, dy: dy < -20 and abs(dx) < 60, "below": lambda dx, dy: dy > 20 and abs(dx) < 60,
              "left of": lambda dx, dy: dx < -20 and abs(dy) < 50, "right of": lambda dx, dy: dx > 20 and abs(dy) < 50,
              "next to": lambda dx, dy: abs(dx) < 75 and abs(dy) < 45}  # fmt: skip
-ATTRIBUTE_CHOICES = ((), ("colour",), ("pattern",), ("pattern", "colour"), ("size",), ("size", "colour"), ("size", "pattern", "colour"))
+ATTRIBUTE_CHOICES = (
+    (),
+    ("colour",),
+    ("pattern",),
+    ("pattern", "colour"),
+    ("size",),
+    ("size", "colour"),
+    ("size", "pattern", "colour"),
+)
 
 
 def describe(scene: Scene, target: SceneObject, kind: str, rng: np.random.Generator) -> str | None:
@@ -343,8 +376,9 @@ def describe(scene: Scene, target: SceneObject, kind: str, rng: np.random.Genera
             naming = [words for words in usable(other) if other is not target and len(matches(words, other)) == 1]
             for words in usable(target)[:3] if naming else []:
                 for relation, holds in RELATIONS.items():
-                    there = [o for o in matches(words, target)
-                             if o is not other and holds(o.centre[0] - other.centre[0], o.centre[1] - other.centre[1])]  # fmt: skip
+                    x, y = other.centre
+                    fits = [o for o in matches(words, target) if holds(o.centre[0] - x, o.centre[1] - y)]
+                    there = [o for o in fits if o is not other]
                     if len(there) == 1 and there[0] is target:
                         found.append(f"{target.phrase(words)} {relation} the {other.phrase(naming[0])}")
     found = [text for text in found if text]
@@ -360,7 +394,7 @@ def _clip_box(x: float, y: float, w: float, h: float) -> list[float]:
 
 
 def detect(scene: Scene, rng: np.random.Generator) -> list[list[float]]:
-    """Return 5 to 20 boxes (xywh, pixels) as a detector would: jittered, some objects missed, some doubled, background among them."""
+    """Return 5 to 20 boxes (xywh, pixels) as a detector would: jittered, some missed, some doubled, background too."""
     boxes = []
     for thing in scene.objects:
         x, y, w, h = thing.box
@@ -376,10 +410,85 @@ def detect(scene: Scene, rng: np.random.Generator) -> list[list[float]]:
     return boxes[:20]
 
 
-def write_benchmark(root: Path | str, seed: int = 2024, images_per_split: int = 160, expressions_per_image: int = 6) -> None:
-    """Write the benchmark under `root` in the UNC layout, with detector-like proposals beside it. The same seed gives the same bytes.
+def _blob(rng: np.random.Generator) -> np.ndarray:
+    """Return a wobbly disc somewhere in the picture, [height, width] bool: background taken for a thing."""
+    radius, squeeze, turn = np.exp(rng.normal(3.1, 0.45)), rng.uniform(0.5, 1), rng.uniform(0, np.pi)
+    y, x = np.mgrid[:HEIGHT, :WIDTH] - np.array([rng.uniform(0, HEIGHT), rng.uniform(0, WIDTH)])[:, None, None]
+    along, across = x * np.cos(turn) + y * np.sin(turn), (y * np.cos(turn) - x * np.sin(turn)) / squeeze
+    around = np.linspace(-np.pi, np.pi, 91)
+    waves = rng.normal(0, 0.09, 4) * np.cos(np.arange(2, 6) * around[:, None] + rng.uniform(0, 2 * np.pi, 4))
+    return np.hypot(along, across) < np.interp(np.arctan2(across, along), around, radius * (1 + waves.sum(1)))
 
-    Splits `train` (a source of auxiliary prompts only), `val` and `test` have `images_per_split` images each.
+
+def _halves(mask: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Cut `mask` in two by a line near its centre."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH] - np.array(ndimage.center_of_mass(mask))[:, None, None]
+    turn = rng.uniform(0, np.pi)
+    side = x * np.cos(turn) + y * np.sin(turn) > rng.normal(0, 3)
+    return [mask & side, mask & ~side]
+
+
+def segment(scene: Scene, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
+    """Return 5 to 20 segments ([height, width] bool) and their scores, as a class-agnostic segmenter would.
+
+    Eroded, dilated and shifted objects; some missed, some found twice, some only in two halves, some merged with a
+    neighbour; and patches of background. The score is what the segmenter makes of its mask: the IoU with the best
+    object, misjudged, and it likes a third of the background patches as much as things.
+    """
+
+    def roughly(mask: np.ndarray, spread: float) -> np.ndarray:
+        size = np.sqrt(mask.sum())
+        grow, (down, right) = rng.normal(0, spread) * size, np.rint(rng.normal(0, spread * size / 2, 2)).astype(int)
+        grow = np.copysign(max(abs(grow), 1), grow)  # no outline is exact
+        mask = (
+            ndimage.distance_transform_edt(~mask) <= grow if grow > 0 else ndimage.distance_transform_edt(mask) > -grow
+        )
+        padded = np.pad(mask, ((max(down, 0), max(-down, 0)), (max(right, 0), max(-right, 0))))
+        return padded[max(-down, 0) :, max(-right, 0) :][:HEIGHT, :WIDTH]
+
+    segments: list[np.ndarray] = []
+    for thing in scene.objects:
+        fate = rng.choice(
+            ["found", "twice", "halves", "both", "merged", "missed"], p=[0.4, 0.2, 0.08, 0.12, 0.14, 0.06]
+        )
+        if fate in ("halves", "both"):
+            segments += [roughly(half, 0.02) for half in _halves(thing.mask, rng)]
+        if fate == "merged":
+            away = [
+                np.hypot(*np.subtract(other.centre, thing.centre)) or np.inf for other in scene.objects
+            ]  # not itself
+            segments.append(roughly(thing.mask | scene.objects[int(np.argmin(away))].mask, 0.02))
+        if fate in ("found", "twice", "both", "merged") and (fate != "merged" or rng.random() < 0.7):
+            segments.append(roughly(thing.mask, 0.035))
+        if fate == "twice":
+            segments.append(roughly(thing.mask, 0.1))
+    for _ in range(max(int(rng.integers(2, 6)), 6 - len(segments))):
+        segments.append(_blob(rng))
+    scored = []
+    for mask in segments:
+        best = (
+            max((mask & thing.mask).sum() / (mask | thing.mask).sum() for thing in scene.objects) if mask.any() else 0
+        )
+        liked = rng.uniform(0.6, 0.95) if best < 0.1 and rng.random() < 0.33 else best
+        if mask.sum() >= 40:  # an eroded sliver is nothing that a segmenter would report
+            scored.append((mask, float(np.clip(liked + rng.normal(0, 0.08), 0.01, 0.99).round(3))))
+    order = rng.permutation(len(scored))  # its order says nothing about which segment is which object
+    return [scored[i] for i in order][:20]
+
+
+def _run_length(mask: np.ndarray) -> dict:
+    """Return COCO's compressed RLE of `mask`, as JSON has it."""
+    run_length = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(side) for side in mask.shape], "counts": run_length["counts"].decode("ascii")}
+
+
+def write_benchmark(
+    root: Path | str, seed: int = 2024, images_per_split: int = 160, expressions_per_image: int = 6
+) -> None:
+    """Write the benchmark under `root` in the UNC layout; same seed, same bytes.
+
+    Beside it lie proposals: boxes as of a detector, masks as of a segmenter. Splits `train` (a source of auxiliary
+    prompts only), `val` and `test` have `images_per_split` images each.
     """
     root = Path(root)
     pictures, annotations = root / "images/mscoco/images/train2014", root / "refshapes"
@@ -389,6 +498,7 @@ def write_benchmark(root: Path | str, seed: int = 2024, images_per_split: int = 
     anns: list[dict] = []
     refs: list[dict] = []
     detections: dict[str, list[list[float]]] = {}
+    masks: list[dict] = []
     sentence_id = 0
     for split_number, split in enumerate(("train", "val", "test")):
         for number in range(images_per_split):
@@ -399,6 +509,11 @@ def write_benchmark(root: Path | str, seed: int = 2024, images_per_split: int = 
             Image.fromarray(scene.image).save(pictures / file_name, quality=82)
             images.append({"id": image_id, "file_name": file_name, "width": WIDTH, "height": HEIGHT})
             detections[str(image_id)] = detect(scene, rng)
+            own = np.random.default_rng([seed, split_number, number, 1])  # all else is as it would be without masks
+            segments = segment(scene, own)
+            masks += [
+                {"image_id": image_id, "segmentation": _run_length(mask), "score": score} for mask, score in segments
+            ]
             sentences: dict[int, list[str]] = {}
             for _ in range(expressions_per_image * 3):
                 if sum(map(len, sentences.values())) == expressions_per_image:
@@ -412,12 +527,14 @@ def write_benchmark(root: Path | str, seed: int = 2024, images_per_split: int = 
                 run_length = coco_mask.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
                 run_length["counts"] = run_length["counts"].decode("ascii")
                 category = list(KINDS).index(thing.kind) + 1
-                anns.append({"id": len(anns) + 1, "image_id": image_id, "category_id": category, "bbox": list(map(float, thing.box)),
+                box = list(map(float, thing.box))
+                anns.append({"id": len(anns) + 1, "image_id": image_id, "category_id": category, "bbox": box,
                              "area": float(thing.mask.sum()), "iscrowd": 0, "segmentation": run_length})  # fmt: skip
                 if which in sentences:
                     ids = list(range(sentence_id, sentence_id + len(sentences[which])))
                     sentence_id += len(ids)
-                    refs.append({"ref_id": len(refs), "ann_id": len(anns), "image_id": image_id, "category_id": category, "split": split,
+                    refs.append({"ref_id": len(refs), "ann_id": len(anns), "image_id": image_id,
+                                 "category_id": category, "split": split,
                                  "file_name": f"{file_name[:-4]}_{len(anns)}.jpg", "sent_ids": ids,
                                  "sentences": [{"sent_id": i, "sent": t, "raw": t, "tokens": t.split()}
                                                for i, t in zip(ids, sentences[which], strict=True)]})  # fmt: skip
@@ -427,13 +544,15 @@ def write_benchmark(root: Path | str, seed: int = 2024, images_per_split: int = 
     (annotations / "instances.json").write_text(json.dumps(instances, separators=(",", ":")))
     (annotations / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     (root / "refshapes_dets_dict.json").write_text(json.dumps(detections, separators=(",", ":")))
+    (root / "refshapes_masks.json").write_text(json.dumps(masks, separators=(",", ":")))
 
 
 def training_pairs(seed: int, size: int = 64) -> Iterator[tuple[np.ndarray, str]]:
     """Yield picture–caption pairs without end: uint8 [size, size, 3] and a caption, from long-tailed scenes of seed `seed`.
 
     Pictures are what the web has: an object close up, an object with its surroundings, an object in focus before a blurred
-    background, now and then only a surface. All are squashed to a square. Benchmark scenes use other seeds (a list of three numbers).
+    background, now and then only a surface. All are squashed to a square. Benchmark scenes have other seeds (lists of
+    three numbers).
     """
     for number in range(2**62):
         rng = np.random.default_rng([seed, number])
@@ -443,12 +562,18 @@ def training_pairs(seed: int, size: int = 64) -> Iterator[tuple[np.ndarray, str]
             x, y, w, h = thing.box
             style = rng.choice(["close", "around", "focus"], p=[0.55, 0.2, 0.25])
             grow = rng.uniform(-0.06, 0.2 if style == "close" else 0.7, 4)
-            region = (max(0, x - grow[0] * w), max(0, y - grow[1] * h), min(WIDTH, x + w + grow[2] * w), min(HEIGHT, y + h + grow[3] * h))
+            region = (
+                max(0, x - grow[0] * w),
+                max(0, y - grow[1] * h),
+                min(WIDTH, x + w + grow[2] * w),
+                min(HEIGHT, y + h + grow[3] * h),
+            )
             words = ATTRIBUTE_CHOICES[rng.choice(len(ATTRIBUTE_CHOICES), p=[0.2, 0.3, 0.08, 0.22, 0.06, 0.08, 0.06])]
             caption = thing.phrase(words)
             if style == "focus":
                 soft = picture.reduce(4).filter(ImageFilter.GaussianBlur(rng.uniform(2, 15))).resize(picture.size)
-                soft.paste(picture.crop(tuple(map(int, region))), tuple(map(int, region[:2])))
+                left, top, right, bottom = map(int, region)
+                soft.paste(picture.crop((left, top, right, bottom)), (left, top))
                 view = soft.resize((size, size), Image.Resampling.BICUBIC)
             else:
                 view = picture.resize((size, size), Image.Resampling.BICUBIC, box=region)
@@ -456,9 +581,10 @@ def training_pairs(seed: int, size: int = 64) -> Iterator[tuple[np.ndarray, str]
                 longer = "place" if style == "focus" else "relation"
                 caption = describe(scene, thing, str(rng.choice(["attributes", longer])), rng) or caption
             yield np.asarray(view), caption
-        x, y = rng.uniform(0, WIDTH - 40), rng.uniform(0, HEIGHT - 40)
-        if rng.random() < 0.5 and not any(o.mask[int(y) : int(y) + 40, int(x) : int(x) + 40].any() for o in scene.objects):
-            view = picture.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + 40, y + 40))
+        edge = rng.uniform(0, WIDTH - 40), rng.uniform(0, HEIGHT - 40)
+        window = np.s_[int(edge[1]) : int(edge[1]) + 40, int(edge[0]) : int(edge[0]) + 40]
+        if rng.random() < 0.5 and not any(thing.mask[window].any() for thing in scene.objects):
+            view = picture.resize((size, size), Image.Resampling.BICUBIC, box=(*edge, edge[0] + 40, edge[1] + 40))
             yield np.asarray(view), scene.surface
 
 
@@ -468,7 +594,7 @@ def _pool_chunk(seed: int, count: int, size: int) -> tuple[np.ndarray, list[str]
 
 
 def training_pool(count: int, seed: int = 1000, size: int = 72, chunk: int = 2500) -> tuple[np.ndarray, list[str]]:
-    """Draw `count` training pairs on all cores: uint8 [count, size, size, 3] and their captions. The same seed gives the same pool."""
+    """Draw `count` training pairs on all cores: uint8 [count, size, size, 3] and captions; same seed, same pool."""
     chunks = -(-count // chunk)
     sizes = [min(chunk, count - i * chunk) for i in range(chunks)]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -42,7 +42,7 @@ def test_the_benchmark_has_the_size_it_should(sample):
         assert len(part.images) >= 150 and len(part.expressions) >= 600
     assert sum(p.stat().st_size for p in DATA.rglob("*") if p.is_file()) <= 10e6
     per_image = [len(boxes) for boxes in json.loads((DATA / "refshapes_dets_dict.json").read_text()).values()]
-    assert 5 <= min(per_image) and max(per_image) <= 20
+    assert min(per_image) >= 5 and max(per_image) <= 20
 
 
 def test_no_image_is_in_two_splits_and_none_is_missing(sample):
@@ -52,8 +52,14 @@ def test_no_image_is_in_two_splits_and_none_is_missing(sample):
 
 def test_all_three_kinds_of_expression_occur(sample):
     said = Counter(
-        "relation" if re.search(r" the ", text) else "place" if re.search(r" (on|at|in) the ", text + " ") else "attributes"
-        for text in sample.expressions["text"].str.replace(r"(on|at|in) the (left|right|top|bottom|middle)", r"\1 the", regex=True)
+        "relation"
+        if re.search(r" the ", text)
+        else "place"
+        if re.search(r" (on|at|in) the ", text + " ")
+        else "attributes"
+        for text in sample.expressions["text"].str.replace(
+            r"(on|at|in) the (left|right|top|bottom|middle)", r"\1 the", regex=True
+        )
     )
     assert set(said) >= {"relation", "attributes"}
     assert (sample.expressions["text"].str.contains(r"(?:on|at|in) the (?:left|right|top|bottom|middle)$")).mean() > 0.1
@@ -124,7 +130,9 @@ def test_detections_stay_inside_and_cover_most_objects():
         assert (boxes[:, 0] + boxes[:, 2] <= 320.1).all() and (boxes[:, 1] + boxes[:, 3] <= 240.1).all()
         for thing in scene.objects:
             x, y, w, h = thing.box
-            cover = np.clip(np.minimum(boxes[:, :2] + boxes[:, 2:], [x + w, y + h]) - np.maximum(boxes[:, :2], [x, y]), 0, None).prod(1)
+            cover = np.clip(
+                np.minimum(boxes[:, :2] + boxes[:, 2:], [x + w, y + h]) - np.maximum(boxes[:, :2], [x, y]), 0, None
+            ).prod(1)
             hits += (cover / (boxes[:, 2:].prod(1) + w * h - cover)).max() > 0.5
             total += 1
     assert 0.8 < hits / total < 0.99, "a detector misses some objects, not most"
