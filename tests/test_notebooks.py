@@ -1,0 +1,53 @@
+"""The notebooks as files: each runs by parameter, and reads from the repository's root; running them is `make figures`."""
+
+import ast
+
+import nbformat
+import pytest
+import yaml
+
+from bsap_utils import ROOT, cli
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def test_there_are_notebooks():
+    assert "03_rec" in [path.stem for path in NOTEBOOKS]
+
+
+def test_it_opens_with_its_question_and_answer(notebook):
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert "**Question.**" in first.source and "**Answer" in first.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_parameters_are_tagged_and_explained(path):
+    parameters = cli.declared(path)
+    assert "OUT_DIR" in parameters
+    assert not [name for name, parameter in parameters.items() if not parameter.help]
+
+
+def test_its_code_is_valid_and_its_outputs_have_no_error(notebook):
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            ast.parse(cell.source)
+            assert all(output.output_type != "error" for output in cell.outputs)
+
+
+def test_the_kernel_is_that_of_any_machine(notebook):
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("params", sorted((ROOT / "notebooks/params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_params_file_fits_its_notebooks(params):
+    known = {path.stem: cli.declared(path) for path in NOTEBOOKS}
+    content = cli.read_params(params, known)
+    for stem, parameters in known.items():
+        cli.settings(stem, content["all"] | content.get(stem, {}), parameters)
+    assert yaml.safe_load(params.read_text())["run_name"]
