@@ -19,18 +19,19 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv || { echo "python -m venv failed (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	@.venv/bin/python -m pip install --quiet --upgrade pip
 	@# the pinned versions are for Python >= 3.11; on 3.10 pip takes the newest that pyproject.toml allows
-	@.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	 && .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' \
-	 || .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 11))' \
-	 && .venv/bin/python -m pip install --quiet --editable '.[test]'
+	@if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	 then .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'; \
+	 else .venv/bin/python -m pip install --quiet --editable '.[test]'; fi
 	@touch $@
 	@echo "Set-up done."
 
 figures: $(READY)
 	.venv/bin/bsap run --all --params notebooks/params/sample.yaml
+	@.venv/bin/python -m bsap_utils.results
+	@echo "Figures, tables and a page of all of them: figures/sample/README.md"
 
 test: $(READY)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto
 
 lab: $(READY)
 	.venv/bin/jupyter lab --notebook-dir=. notebooks/03_rec.ipynb

@@ -281,6 +281,8 @@ def run_one(
     """Execute the notebook in the run's `folder`; then move its results to `target` and say so."""
     from nbconvert import HTMLExporter
 
+    from .results import write_results_page
+
     output, staging, start = folder / f"{notebook.stem}.ipynb", folder / f"{notebook.stem}-results", time.monotonic()
     staging.mkdir()
     typer.echo(f"{notebook.stem} runs in {shown(folder)}/")
@@ -290,6 +292,8 @@ def run_one(
     complete |= values | {"OUT_DIR": shown(target)}
     where = shown(notebook) if notebook.is_relative_to(ROOT) else notebook.name
     files, stale = publish(staging, target, {"notebook": where, "parameters": complete, **made_by, "seconds": seconds})
+    if files:
+        write_results_page(target)
     output.with_suffix(".html").write_text(HTMLExporter().from_filename(str(output))[0], "utf-8")
     typer.echo(f"{notebook.stem} took {seconds} s, wrote {len(files)} files to {shown(target)}/: {', '.join(files)}")
     if stale:

@@ -444,7 +444,7 @@ def refer_logits(
         raise DatasetError(f"{len(without)} images with expressions have no candidate region, e.g. image {without[0]}. "
                            "Pass proposals of all images: from_boxes adds the whole image where there was none.")  # fmt: skip
     expression_group = torch.from_numpy(np.searchsorted(names, expressions["image_id"].to_numpy()))
-    slot = torch.from_numpy(expressions.groupby("image_id").cumcount().to_numpy())
+    slot = torch.from_numpy(expressions.groupby("image_id").cumcount().to_numpy(copy=True))
     texts = [template.format(text.lower()) for text in expressions["text"]]
     aux_texts = [template.format(text.lower()) for text in aux_prompts]
     noun_parser = ""

@@ -117,7 +117,12 @@ def test_manifest_says_what_made_each_file(executed, root):
     text = (executed[1] / "manifest.json").read_text("utf-8")
     manifest = json.loads(text)
     assert list(manifest) == ["fig_more.svg", "table_facts.csv"]
-    assert sorted(p.name for p in executed[1].iterdir()) == ["fig_more.svg", "manifest.json", "table_facts.csv"]
+    assert sorted(p.name for p in executed[1].iterdir()) == [
+        "README.md",
+        "fig_more.svg",
+        "manifest.json",
+        "table_facts.csv",
+    ]
     entry = manifest["table_facts.csv"]
     assert entry["notebook"] == "notebooks/03_rec.ipynb"
     assert entry["parameters"] == {
@@ -158,7 +163,12 @@ def test_what_a_notebook_writes_no_more_is_removed_and_params_files_hold(execute
     )
     output = bsap("run", "03_rec", "--params", file)
     assert "writes them no more: fig_more.svg" in output
-    assert sorted(p.name for p in executed[1].iterdir()) == ["manifest.json", "notes.txt", "table_facts.csv"]
+    assert sorted(p.name for p in executed[1].iterdir()) == [
+        "README.md",
+        "manifest.json",
+        "notes.txt",
+        "table_facts.csv",
+    ]
     assert list(json.loads((executed[1] / "manifest.json").read_text())) == ["table_facts.csv"]
     facts = json.loads((executed[1] / "table_facts.csv").read_text())
     assert facts["values"] == ["refcoco", 0.5, 3, ["plain", "colour"]]

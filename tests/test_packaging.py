@@ -55,7 +55,7 @@ def test_nothing_of_this_machine_is_committed():
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
-    hosts = re.compile(br"pypi\.org|pythonhosted\.org|registry\.npmjs|deb\.debian")
+    hosts = re.compile(rb"pypi\.org|pythonhosted\.org|registry\.npmjs|deb\.debian")
     paths = re.compile(rb"/(?:work|root)/[a-z.]+/")
     for name in filter(None, listed.split("\0")):
         file = ROOT / name
