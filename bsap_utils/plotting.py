@@ -441,10 +441,16 @@ def ablation_dots(table: pd.DataFrame, title: str, default: int = 0, label: str 
         axis.axvline(accuracy, color=METHOD_COLOURS["clip"], label="CLIP")
     else:
         series.insert(0, ("clip", -0.14, *_CLIP_COLUMNS, "CLIP"))
+    of_method = {
+        text: METHOD_COLOURS[name] for name, text in METHOD_LABELS.items()
+    }  # a level that is a method has its colour
     for name, shift, column, low, high, said in series:
-        error = np.abs(table[[low, high]].to_numpy().T - table[column].to_numpy())
-        axis.errorbar(table[column], np.arange(len(table)) + shift, xerr=error, fmt="o", markersize=4.5, capsize=2,
-                      color=METHOD_COLOURS[name], label=said)  # fmt: skip
+        own = of_method if name == "bsap" else {}
+        legend = None if set(own) & set(table["level"]) else said
+        for y, row in table.reset_index(drop=True).iterrows():
+            error = [[row[column] - row[low]], [row[high] - row[column]]]
+            axis.errorbar([row[column]], [float(y) + shift], xerr=error, fmt="o", markersize=4.5, capsize=2,
+                          color=own.get(row["level"], METHOD_COLOURS[name]), label=legend if y == 0 else None)  # fmt: skip
     axis.set_yticks(range(len(table)), table["level"])
     axis.get_yticklabels()[default].set_fontweight("bold")
     axis.set_ylim(len(table) - 0.5, -0.5)

@@ -1,6 +1,9 @@
 """The notebooks as files: each runs by parameter, and reads from the repository's root; running them is `make figures`."""
 
 import ast
+import os
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -51,3 +54,38 @@ def test_each_params_file_fits_its_notebooks(params):
     for stem, parameters in known.items():
         cli.settings(stem, content["all"] | content.get(stem, {}), parameters)
     assert yaml.safe_load(params.read_text())["run_name"]
+
+
+def test_the_same_parameters_give_the_same_bytes(tmp_path):
+    """Tables and predictions of two runs of a whole notebook, each in a kernel of its own."""
+    tables = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        command = [
+            sys.executable,
+            "-m",
+            "bsap_utils.cli",
+            "run",
+            "03_rec",
+            "-p",
+            "LIMIT",
+            "6",
+            "-p",
+            "OUT_DIR",
+            str(out),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        tables.append({file.name: file.read_bytes() for file in out.glob("*.csv")})
+    assert tables[0] == tables[1]
+    assert set(tables[0]) == {"table_rec.csv", "table_rec_slices.csv"}
+
+
+def test_a_model_without_weights_stops_the_notebook_kindly(tmp_path):
+    """The two lines of the README, on a machine that has neither the weights nor a network."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    given = ["-p", "MODEL", "ViT-B-32", "-p", "PRETRAINED", "openai", "-p", "OUT_DIR", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "bsap_utils.cli", "run", "03_rec", *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 1 and "ModelError: The weights of ViT-B-32 openai are not on this machine" in done.stderr
+    assert not list((tmp_path / "out").glob("*"))
