@@ -458,7 +458,7 @@ def prefers_query(
     stricter, and ever more so as prompts are added. `same` [E, M] marks auxiliary prompts with the words of the
     expression itself: they are left out for it, for nothing is preferred to itself.
     """
-    rows = torch.as_tensor(rows).long()
+    rows = torch.as_tensor(np.array(rows)).long()
     if rows.shape != logits.expression_group.shape:
         raise ValueError(
             f"rows {list(rows.shape)}: one region for each of {len(logits.expression_group)} expressions is needed."
