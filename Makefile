@@ -31,7 +31,7 @@ figures: $(READY)
 	@echo "Figures, tables and a page of all of them: figures/sample/README.md"
 
 test: $(READY)
-	.venv/bin/python -m pytest -n auto
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto  # one process a core, one thread each
 
 lab: $(READY)
 	.venv/bin/jupyter lab --notebook-dir=. notebooks/03_rec.ipynb

@@ -22,7 +22,7 @@ CAPTIONS = {
     "fig_hubs": "The regions that are retrieved most often.",
     "fig_clip_errors": "Right as a classifier, wrong as a retriever: what the right region says where CLIP errs.",
     "fig_hub_relations": "What goes with a region's bias: rank correlations with size, position, contrast and more.",
-    "fig_sees_and_gains": "What a region's bias sees of its content, and what removing it gains.",
+    "fig_sees_and_gains": "Points gained over CLIP, against how well a correction agrees with each region's mean logit.",
     "fig_worked_example": "BSAP step by step on one picture.",
     "fig_pool": "What a region's auxiliary logits are pooled to, from the maximum to the mean, as the temperature rises.",
     "fig_family": "Accuracy over temperature and weight on the split of choice, with the published methods where they lie.",
@@ -77,7 +77,9 @@ def write_results_page(folder: Path) -> None:
     for notebook in sorted({entry["notebook"] for entry in manifest.values()}):
         stem = Path(notebook).stem
         lines += ["", f"## [{stem}](../../notebooks/{stem}.ipynb)"]
-        for name in (name for name, entry in manifest.items() if entry["notebook"] == notebook):
+        names = [name for name, entry in manifest.items() if entry["notebook"] == notebook]
+        order = {stem: place for place, stem in enumerate(CAPTIONS)}  # the order of the story; tables come first
+        for name in sorted(names, key=lambda name: order.get(Path(name).stem, -1)):
             if name in COLUMNS:
                 table = pd.read_csv(folder / name)
                 lines += ["", markdown_table(table[[c for c in COLUMNS[name] if c in table]])]

