@@ -390,7 +390,7 @@ def link_zip() -> bytes:
         (b"", "cannot be unpacked"),
         (make_zip({"refcoco/refs(unc).p": b"abc" * 99})[:-30], "cannot be unpacked"),
     ],
-    ids="outside absolute backslash symlink absent bomb empty short".split(),
+    ids=["outside", "absolute", "backslash", "symlink", "absent", "bomb", "empty", "short"],
 )
 def test_a_zip_that_is_unsafe_or_broken_is_refused_whole(mirror, published, tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(download, "UNPACKED_LIMIT", 2_000_000)
@@ -430,7 +430,18 @@ DETS = "reclip_data/refcoco_dets_dict.json"
         (make_tar({DETS: b"{"}), "not valid JSON"),
         (make_tar({"other": b""}), "lacks refcoco_dets_dict.json"),
     ],
-    ids="above outside symlink hardlink fifo inner-link bomb short malformed absent".split(),  # bytes hold the time
+    ids=[
+        "above",
+        "outside",
+        "symlink",
+        "hardlink",
+        "fifo",
+        "inner-link",
+        "bomb",
+        "short",
+        "malformed",
+        "absent",
+    ],  # bytes hold the time
 )
 def test_a_tar_that_is_unsafe_or_broken_is_refused_and_the_rest_got(mirror, tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(download, "UNPACKED_LIMIT", 2_000_000)
