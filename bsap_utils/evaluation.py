@@ -200,9 +200,6 @@ def rec_table(
         delta_low, delta_high = cluster_bootstrap(delta, images, None, resamples, level, seed)
         p_value = [float(f"{mcnemar_p(correct[method].to_numpy(), clip):.4g}") for method in correct]
 
-    def percent(fractions: np.ndarray) -> np.ndarray:
-        return np.round(100 * fractions, 2) + 0.0  # no "-0.0"
-
     table = {
         "dataset": dataset,
         "split": split,
@@ -222,6 +219,15 @@ def rec_table(
         "delta_ci_high": percent(delta_high),
     }
     return pd.DataFrame(table)
+
+
+def percent(fractions: np.ndarray) -> np.ndarray:
+    """Return fractions as the tables print them: percent with two decimals, and no "-0.0".
+
+    >>> percent(np.array([0.12346, -0.00001]))
+    array([12.35,  0.  ])
+    """
+    return np.round(100 * fractions, 2) + 0.0
 
 
 def _by_method(predictions: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
@@ -394,9 +400,6 @@ def ris_table(
     measures: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"oiou": (intersection, union), "miou": (iou, None)}
     measures |= {f"p{round(100 * t)}": ((iou >= t).astype(np.float64), None) for t in RIS_THRESHOLDS}
     clip = correct.columns.get_loc("clip") if "clip" in correct else None
-
-    def percent(fractions: np.ndarray) -> np.ndarray:
-        return np.round(100 * fractions, 2) + 0.0  # no "-0.0"
 
     shown = visual_prompts if isinstance(visual_prompts, str) else "+".join(visual_prompts)
     columns: dict[str, Any] = {
