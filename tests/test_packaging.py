@@ -31,7 +31,11 @@ def test_environment_yml_has_the_packages_of_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [r for r in environment["dependencies"] if isinstance(r, str)]
     pip = next(r["pip"] for r in environment["dependencies"] if isinstance(r, dict))
-    assert environment["channels"][0] == "conda-forge" and "python=3.11" in conda and set(pip) == {"--editable .", *ONLY_ON_PIP}
+    assert (
+        environment["channels"][0] == "conda-forge"
+        and "python=3.11" in conda
+        and set(pip) == {"--editable .", *ONLY_ON_PIP}
+    )
     ours = [Requirement(r) for r in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
     wanted = {f"{CONDA_NAMES.get(r.name, r.name)}{r.specifier}" for r in ours}
     assert wanted - ONLY_ON_PIP == set(conda) - {"python=3.11", "pip"}
