@@ -5,6 +5,7 @@
     bsap run 03_rec --list                                  # its parameters, with defaults
     bsap data get refcoco --split val; bsap data check data # the real data sets, and what is on disk
     bsap masks refcoco --split val --method felzenszwalb    # candidate masks for 04_ris
+    bsap doctor                                             # what is here, what is missing, what to type next
 
 Wherever a notebook lies, it runs in this very Python with the repository's root as working directory, so that a
 relative path in a parameter (OUT_DIR too) always means the same. It writes to a staging folder below `runs/<time>/`;
@@ -391,6 +392,14 @@ def masks(
         fail(str(e))
     typer.echo(f"{count:,} masks of {len(ds.images):,} images are in {shown(target)}")
     typer.echo(f"Next: bsap run 04_ris -p DATASET {dataset} -p PROPOSALS {shown(target) if out else 'masks'}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is here, what is missing, and the next command to type; exit code 0 if the sample can be run."""
+    from bsap_utils.doctor import report
+
+    raise typer.Exit(not report(typer.echo))
 
 
 data = typer.Typer(no_args_is_help=True, help="Get RefCOCO, RefCOCO+ and RefCOCOg, and check what is on disk.")
