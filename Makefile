@@ -4,13 +4,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 READY := .venv/.ready
 export MPLBACKEND ?= agg
 
-.PHONY: figures test lab lint clean help
+.PHONY: figures test lab lint setup clean help
 
 help:
 	@echo "make figures   run every notebook on the bundled sample; figures and tables go to figures/sample/"
 	@echo "make test      run the tests"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make lint      ruff and mypy"
+	@echo "make setup     only set up .venv"
 	@echo "make clean     remove .venv, runs/ and caches (figures and data stay)"
 
 $(READY): pyproject.toml constraints.txt
@@ -40,6 +41,8 @@ lint: $(READY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+setup: $(READY)
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

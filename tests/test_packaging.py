@@ -1,6 +1,10 @@
 """The routes to an environment agree, and nothing of one machine is in the repository."""
 
+import ast
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -8,8 +12,9 @@ from importlib import metadata
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from bsap_utils import ROOT, __version__
+from bsap_utils import ROOT, __version__, cli
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +58,115 @@ def test_constraints_are_exact_and_complete():
     extras = [r for names in PROJECT["optional-dependencies"].values() for r in names]
     for requirement in map(Requirement, PROJECT["dependencies"] + extras):
         assert requirement.specifier.contains(pinned[re.sub(r"[-_.]+", "-", requirement.name).lower()]), requirement
+
+
+def test_pip_install_brings_the_command_and_all_that_the_package_imports():
+    (command,) = (e for e in metadata.entry_points(group="console_scripts") if e.name == "bsap")
+    assert PROJECT["scripts"] == {"bsap": command.value} and command.load() is cli.app
+    extras = PROJECT["optional-dependencies"]
+    ours = {Requirement(r).name.lower() for r in PROJECT["dependencies"] + extras["sam"] + extras["scale"]}
+    others = {"jupyter_client": "papermill's", "spacy": "only where the user has it, with one of its models"}
+    homes = {
+        "PIL": "pillow",
+        "skimage": "scikit-image",
+        "yaml": "pyyaml",
+        "open_clip": "open_clip_torch",
+        "faiss": "faiss-cpu",
+    }
+    for file in sorted((ROOT / "bsap_utils").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for name in {name.partition(".")[0] for name in names} - {*sys.stdlib_module_names, *others, "bsap_utils"}:
+                assert homes.get(name, name).lower() in ours, (
+                    f"{file.name} imports {name}, which pyproject.toml does not name"
+                )
+
+
+def make(*goals: str, cwd=ROOT) -> str:
+    """What make would do, without doing it."""
+    return subprocess.run(["make", "-n", *goals], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+
+@needs_make
+def test_make_sets_up_with_what_this_test_compares(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    for goal in ("setup", "figures", "test", "lab", "lint"):
+        assert "--constraint constraints.txt --editable '.[test]'" in make(goal, cwd=tmp_path), goal
+
+
+PYTHONS = SpecifierSet(PROJECT["requires-python"])
+
+
+@needs_make
+def test_the_dev_container_sets_up_as_everyone_does():
+    folder = ROOT / ".devcontainer"
+    container = json.loads((folder / "devcontainer.json").read_text())
+    image = (folder / container["build"]["dockerfile"]).read_text()
+    (python,) = re.findall(r"^FROM python:([0-9.]+)$", image, re.MULTILINE)
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert python in PYTHONS and f"python={python}" in environment
+    assert container["remoteUser"] in image and "USER root" not in image  # JupyterLab refuses to run as root
+    goal, doctor = container["postCreateCommand"].split(" && ")
+    assert make(*goal.split()[1:]) is not None and goal.split()[0] == "make"
+    assert doctor.split()[0] == ".venv/bin/bsap" and doctor.split()[1] in {
+        c.callback.__name__ for c in cli.app.registered_commands
+    }
+    (port,) = container["forwardPorts"]
+    assert port == 8888 and str(port) in container["portsAttributes"]  # JupyterLab's own, which `make lab` leaves
+
+
+WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+STEPS = {name: job["steps"] for name, job in WORKFLOW["jobs"].items()}
+
+
+@needs_make
+def test_the_workflow_runs_what_the_readme_says():
+    assert [step["run"] for step in STEPS["ci"] if "run" in step] == [".ci/run"] and os.access(
+        ROOT / ".ci/run", os.X_OK
+    )
+    for steps in STEPS.values():
+        (python,) = (step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", ""))
+        assert isinstance(python, str) and python in PYTHONS  # 3.10 without quotes is the number 3.1
+        for step in steps:
+            for goals in re.findall(r"^make (.+)$", step.get("run", ""), re.MULTILINE):
+                make(*goals.split())
+    uploads = [step["with"]["path"].split() for step in STEPS["notebook"] if "upload-artifact" in step.get("uses", "")]
+    assert uploads == [["runs", "figures/by-hand"]]
+
+
+def test_what_is_typed_into_the_workflow_is_never_run(tmp_path):
+    for step in (step for steps in STEPS.values() for step in steps):
+        assert "${{" not in step.get("run", ""), "an input would become part of the script: hand it over in env"
+    (step,) = (step for step in STEPS["notebook"] if "NOTEBOOK" in step.get("env", {}))
+    inputs = WORKFLOW[True]["workflow_dispatch"]["inputs"]  # YAML 1.1 reads the key `on` as true
+    assert step["env"] == {name.upper(): f"${{{{ inputs.{name} }}}}" for name in inputs}
+    command = tmp_path / ".venv/bin/bsap"
+    command.parent.mkdir(parents=True)
+    command.write_text(
+        f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('given', 'w'))\nsys.exit('4' in sys.argv)\n"
+    )
+    command.chmod(0o755)
+
+    def run(notebook: str, parameters: str) -> subprocess.CompletedProcess:
+        env = {**os.environ, "NOTEBOOK": notebook, "PARAMETERS": parameters}
+        return subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", step["run"]], cwd=tmp_path, env=env, capture_output=True
+        )
+
+    assert run("03; touch evil", "-p A '$(touch evil)' -p B \"x y\" `touch evil` *; touch evil").returncode == 0
+    given = json.loads((tmp_path / "given").read_text())
+    assert given[:8] == ["run", "03; touch evil", "--name", "by-hand", "-p", "A", "$(touch evil)", "-p"]
+    assert given[8:] == ["B", "x y", "`touch", "evil`", "*;", "touch", "evil"]
+    assert not (tmp_path / "evil").exists()
+    assert run("03", inputs["parameters"]["default"]).returncode == 0
+    assert json.loads((tmp_path / "given").read_text())[4:] == ["-p", "SPLIT", "val"]
+    assert run("03", "").returncode == 0 and run("03", "-p A 4").returncode != 0  # a notebook that fails fails the job
 
 
 def test_nothing_of_this_machine_is_committed():
