@@ -69,8 +69,8 @@ def matching_temperature(
     """Return the temperature whose pool is most like the mean of the `nearest` largest of `aux` [R, M], and what is left.
 
     That is where a top-k mean (NNN) belongs on a map of temperatures. Like means by the mean squared difference within
-    images (`group` [R]): what all regions of an image share decides nothing. What is left is that of the top-k mean's own
-    variance within images, from 0 (the same ranking of regions' biases) on.
+    images (`group` [R]): what all regions of an image share decides nothing. What is left is that of the top-k mean's
+    own variance within images, from 0 (the same ranking of regions' biases) on.
 
     >>> matching_temperature(torch.eye(4), torch.tensor([0, 0, 1, 1]), 1, [0.01, 1.0, float("inf")])[0]
     0.01
@@ -130,7 +130,7 @@ def unnamed_hits(logits: ReferLogits, right: Tensor, named: np.ndarray, temperat
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return p-values adjusted for their number by Holm's step-down rule (1979); NaN is no test and stays.
+    """Return p-values adjusted for their number by Holm's step-down rule (1979), [K] -> [K]; NaN is no test and stays.
 
     >>> holm([0.01, 0.04, 0.03]).round(2)
     array([0.03, 0.06, 0.06])
@@ -147,8 +147,9 @@ def worked_scene(
 ) -> dict[str, Any] | None:
     """Return an expression that CLIP gets wrong and BSAP right, drawn by `seed`, with `count` regions; None if there is none.
 
-    Expressions of attributes only, in images of enough candidates, are preferred. Keys: image_id, text, slot (column of
-    `logits.query`) and rows [≤ count]: the rows of `regions` that CLIP and BSAP pick, and others that are wrong.
+    `right` [R, Q] is that of `right_regions`. Expressions of attributes only, in images of enough candidates, are
+    preferred. Keys: image_id, text, slot (column of `logits.query`) and rows [≤ count]: the rows of `regions` that CLIP
+    and BSAP pick, and others that are wrong.
     """
     scores = torch.stack([METHODS[name](logits.query, logits.aux, logits.group) for name in ("clip", "bsap")], 2)
     correct = hits(scores, right, logits)
@@ -170,7 +171,11 @@ def worked_scene(
 
 
 def best_setting(accuracy: pd.DataFrame) -> tuple[float, float]:
-    """Return weight (index) and temperature (columns) of the highest accuracy; of equal ones the smallest weight, then T."""
+    """Return weight (index) and temperature (columns) of the highest accuracy; of equal ones the smallest weight, then T.
+
+    >>> best_setting(pd.DataFrame([[60.0, 62.0], [62.0, 61.0]], index=[0.5, 1.0], columns=[1.0, 5.0]))
+    (0.5, 5.0)
+    """
     row, column = np.unravel_index(accuracy.to_numpy().argmax(), accuracy.shape)
     return float(accuracy.index[row]), float(accuracy.columns[column])
 
@@ -182,7 +187,15 @@ def ablation_table(
 
     `correct` and `clip` [E, K] hold hits (or, of random draws, their mean), `images` [E]; `default` is the column that
     delta_vs_default compares with. Percent, two decimals; all intervals (95 %) share their resamples of images. p_value
-    is McNemar's against CLIP, p_holm the same after Holm's correction for the K levels; both NaN where hits are no 0 or 1.
+    is McNemar's against CLIP, p_holm the same after Holm's correction for the K levels; both NaN where hits are no 0 or
+    1.
+
+    >>> hits_of_clip, images = np.array([0, 1, 0, 1]), np.array([1, 1, 2, 3])
+    >>> table = ablation_table([1, 5], np.array([[0, 1], [1, 1], [1, 1], [0, 1]]), hits_of_clip[:, None].repeat(2, 1), images)
+    >>> table[["level", "accuracy", "clip_accuracy", "delta_vs_clip", "delta_vs_default"]]
+      level  accuracy  clip_accuracy  delta_vs_clip  delta_vs_default
+    0     1      50.0           50.0            0.0               0.0
+    1     5     100.0           50.0           50.0              50.0
     """
     correct, clip = (np.asarray(part, dtype=np.float64) for part in (correct, clip))
     parts = np.stack([clip, correct, correct - clip, correct - correct[:, [default]]], 1)
@@ -204,7 +217,11 @@ def ablation_table(
 
 
 def best_level(table: pd.DataFrame, default: int = 0) -> int:
-    """Return the row of an `ablation_table` with the highest accuracy: the default if it is among the equals."""
+    """Return the row of an `ablation_table` with the highest accuracy: the default if it is among the equals.
+
+    >>> best_level(pd.DataFrame({"accuracy": [60.0, 62.0, 62.0]}), default=2)
+    2
+    """
     best = table["accuracy"] == table["accuracy"].max()
     return default if best.iloc[default] else int(best.argmax())
 
@@ -242,7 +259,8 @@ def sums_of_squares(scores: Tensor, group: Tensor | None = None) -> pd.DataFrame
     With `group` [R], the image of each region, text effects are those of the text *in that image* and region effects
     are taken about the image's mean: text then is what cannot change which region of an image is picked, and
     region / (region + interaction) the part of what does that has nothing to do with the text. Row sums and
-    `cluster_bootstrap` give intervals that resample images and keep the effects as they are.
+    `cluster_bootstrap` give intervals that resample images and keep the effects as they are. Raises ValueError for NaN,
+    infinity and what is no matrix.
 
     >>> sums_of_squares(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
        region  text  interaction
@@ -271,7 +289,8 @@ def k_occurrence(scores: Tensor, k: int = 1, group: Tensor | None = None, block:
     """Return for how many texts a region is among the `k` highest, [R, T] -> [R] (N_k of Radovanović et al., JMLR 2010).
 
     Without `group` all regions compete (a gallery); with it, [R], only those of one image do. NaN: the text is not
-    asked of that region. Among equal scores the first row wins. `block` scores are sorted at a time.
+    asked of that region. Among equal scores the first row wins. `block` scores are sorted at a time. Raises ValueError
+    for shapes that do not fit and k < 1.
 
     >>> k_occurrence(torch.tensor([[3.0, 3.0, 1.0], [2.0, 1.0, 2.0], [1.0, 2.0, torch.nan]]))
     tensor([2, 1, 0])
@@ -336,7 +355,8 @@ def hubness_table(
     hub-free gallery has about 0); gini, Σ|N_i − N_j| / (2 R² mean N) (0: all alike, 1: one region takes all); never,
     the share of regions with N = 0. Columns method, measure, value, ci_low, ci_high, delta_vs_clip, delta_ci_low,
     delta_ci_high; intervals resample images, `cluster` [R], and keep the counts. Measures are fractions, not percent;
-    NaN where a measure has no meaning (the skewness of equal counts) or there is no column "clip".
+    NaN where a measure has no meaning (the skewness of equal counts) or there is no column "clip". Raises
+    ValueError for negative or NaN counts, none at all, and a `cluster` that does not fit.
 
     >>> table = hubness_table(pd.DataFrame({"clip": [0, 0, 0, 4]}), np.array([1, 1, 2, 2]))
     >>> table[["method", "measure", "value"]].round(2)
@@ -394,7 +414,8 @@ def spearman_table(
     """Return Spearman's rank correlation of `outcome` [R] with each column of `traits`, resampling images (`cluster` [R]).
 
     Columns trait, n, spearman, ci_low, ci_high. Rows where a trait is NaN are left out of its correlation (n counts the
-    rest); a trait that is the same in all regions has NaN. Ranks are taken anew in each resample.
+    rest); a trait that is the same in all regions has NaN. Ranks are taken anew in each resample. Raises ValueError for
+    shapes that do not fit and an `outcome` with NaN.
 
     >>> traits = pd.DataFrame({"size": [1, 2, 4, 9], "background": [True, True, False, True]})
     >>> spearman_table(np.array([0.1, 0.2, 0.3, 0.4]), traits, np.array([1, 2, 3, 4]))[["trait", "n", "spearman"]].round(2)
@@ -453,10 +474,11 @@ def prefers_query(
     """Tell whether a region, asked on its own, takes the expression rather than an auxiliary prompt, by two criteria.
 
     `rows` [E] is a row of the logits for each expression, of its own image; -1 (no such region) is False. The first
-    answer, bool [E]: the query's logit is greater than *every* auxiliary one, as a classifier decides. The second: b >
-    0.5 at temperature 1, greater than their logsumexp, so that the query has more weight than all of them *together*;
-    stricter, and ever more so as prompts are added. `same` [E, M] marks auxiliary prompts with the words of the
-    expression itself: they are left out for it, for nothing is preferred to itself.
+    answer, bool [E]: the query's logit is greater than *every* auxiliary one, as a classifier decides. The second:
+    BSAP's b (arXiv 2402.18400) > 0.5 at temperature 1, greater than their logsumexp, so that the query has more weight
+    than all of them *together*; stricter, and ever more so as prompts are added. `same` [E, M] marks auxiliary prompts
+    with the words of the expression itself: they are left out for it, for nothing is preferred to itself. Raises
+    ValueError for rows of other images, or not one for each expression.
     """
     rows = torch.as_tensor(np.array(rows)).long()
     if rows.shape != logits.expression_group.shape:
@@ -489,6 +511,16 @@ def classifier_retriever_tables(answers: pd.DataFrame, seed: int = 0) -> tuple[p
     criterion, classifier, retriever (bool), n, share, ci_low, ci_high. Second, of the expressions CLIP gets wrong:
     criterion, error (four kinds), n, share, ci_low, ci_high, mended (share of them that BSAP gets right; NaN for none).
     Fractions; intervals resample images, NaN where there are less than two.
+
+    >>> columns = {"image_id": [1, 1, 2, 2], "reachable": [True, True, True, False], "clip": [True, False, False, False]}
+    >>> criteria = {f"{who}_{c}": [True, True, False, False] for who in ("right", "picked") for c in ("every", "half")}
+    >>> answers = pd.DataFrame(columns | {"bsap": [True, True, False, False]} | criteria)
+    >>> classifier_retriever_tables(answers)[1][["criterion", "error", "n", "mended"]].head(4)
+      criterion                             error  n  mended
+    0     every  only the right region prefers it  0     NaN
+    1     every                    both prefer it  1     1.0
+    2     every         the right region does not  1     0.0
+    3     every             no candidate is right  1     0.0
     """
     cells, errors = [], []
     reachable, wrong = answers[answers["reachable"]], answers[~answers["clip"]]

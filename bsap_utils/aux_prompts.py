@@ -33,7 +33,7 @@ def _needs_data(ds: ReferDataset | None, bank: str) -> ReferDataset:
 
 
 def categories(ds: ReferDataset | None) -> list[str]:
-    """The category names of the data set's annotations."""
+    """The category names of the data set's annotations. Raises ValueError without a data set, as all banks made from one."""
     return _needs_data(ds, "categories").categories
 
 
@@ -43,7 +43,10 @@ def attributes(ds: ReferDataset | None) -> list[str]:
 
 
 def train_expressions(ds: ReferDataset | None) -> list[str]:
-    """The distinct expressions of the *train* split, lower-cased; never those of a split that is evaluated."""
+    """The distinct expressions of the *train* split, lower-cased; never those of a split that is evaluated.
+
+    Raises DatasetError for a data set without any, such as a selection of another split, ValueError for none.
+    """
     ds = _needs_data(ds, "expressions")
     texts = ds.expressions.loc[ds.expressions["split"] == "train", "text"]
     if texts.empty:

@@ -54,6 +54,7 @@ class PairCommand(TyperCommand):
     """Hands each `-p NAME VALUE` on as one string, since Typer has no repeatable option with two values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse `args`, in which NAME and VALUE of each -p are joined by a NUL before Typer sees them."""
         tokens = iter(args)
         joined = ([t, "\0".join(itertools.islice(tokens, 2))] if t == "-p" else [t] for t in tokens)
         return super().parse_args(ctx, list(itertools.chain(*joined)))
@@ -65,6 +66,7 @@ def fail(message: str) -> NoReturn:
 
 
 def shown(path: Path) -> str:
+    """Return a path as messages show it: relative to the clone where it lies in it."""
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 

@@ -53,6 +53,12 @@ class ReferDataset:
     expressions  index sent_id: ref_id, ann_id (the region meant), image_id, split, text
     counts       what was clipped or left out, by plain-English key; after `select`, what concerns the selection
     notes        what, image_id, split: one row for each thing counted, so that `select` can count again
+
+    >>> ds = load_refer("data/refshapes", "refshapes")
+    >>> ds.splits, ds.categories[:2], len(ds.missing_images())
+    (['test', 'train', 'val'], ['apple', 'bell'], 0)
+    >>> ds.image_path(1).name, ds.load_image(1).size
+    ('COCO_train2014_000000000001.jpg', (320, 240))
     """
 
     name: str
@@ -173,8 +179,9 @@ def load_refer(
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises DatasetError when it is missing or malformed."""
+    content = _read(path)
     try:
-        return json.loads(_read(path))
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: is not valid JSON ({error}). A broken download? {_GET_AGAIN}") from error
 
@@ -209,7 +216,7 @@ def column(
 
 
 def box_array(boxes: Sequence[list], path: Path, name: Callable[[int], str]) -> np.ndarray:
-    """Return boxes, each a list of four numbers, as float64 [N, 4]. Raises DatasetError for the first that is not."""
+    """Return boxes, each a list of four numbers (xywh), as float64 [N, 4]. Raises DatasetError for the first that is not."""
     numbers = {int, float}
     if set(map(type, boxes)) <= {list} and set(map(len, boxes)) <= {4}:
         flat = list(chain.from_iterable(boxes))

@@ -124,7 +124,8 @@ def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
     pictures is there. It is complete when annotations, detections and all its pictures are as SHA256SUMS has them; what
     that does not list must load, a picture decode and have the annotated size. Whatever keeps a split that counts from
     being complete is wrong, and so is a folder without a complete split. Other splits may have some pictures, since
-    data sets share them: their state tells how many.
+    data sets share them: their state tells how many. Raises DatasetError where there is no data
+    set at all.
 
     >>> table, wrong = check("data/refshapes")
     >>> list(table["split"]), set(table["state"]), wrong

@@ -29,7 +29,7 @@ def pick_regions(scores: Tensor, group: Tensor) -> Tensor:
     """Return the row of the highest score per image and column, [R, Q] and [R] -> [G, Q]; -1 where a slot is NaN.
 
     `group` [R] is the image (0..G-1) of each region. Among equal scores the first row wins; an image without regions
-    has -1 in all columns.
+    has -1 in all columns. Raises ValueError for shapes that do not fit.
 
     >>> pick_regions(torch.tensor([[0.1, 7.0], [0.2, 7.0], [0.3, torch.nan]]), torch.tensor([0, 0, 1]))
     tensor([[ 1,  0],
@@ -53,7 +53,8 @@ def rec_correct(
     """Return whether each expression's top-1 region is right, bool [E], and its IoU [E]: right is IoU > `threshold`.
 
     `picked` [E] holds rows of the candidate `boxes` [R, 4]; `referred` [E, 4] is the box meant (all xywh, pixels). The
-    comparison is strict, as in ReCLIP's code. No region picked (-1) counts as wrong, with IoU 0.
+    comparison is strict, as in ReCLIP's code. No region picked (-1) counts as wrong, with IoU 0. Raises
+    ValueError for shapes that do not fit and rows that there are not.
 
     >>> rec_correct(np.array([0, 1]), np.array([[0, 0, 9, 9], [0, 0, 5, 10]]), np.array([[0, 0, 10, 10]] * 2))
     (array([ True, False]), array([0.81, 0.5 ]))
@@ -143,9 +144,10 @@ def _sum_by(codes: np.ndarray, groups: int, values: np.ndarray) -> np.ndarray:
 def mcnemar_p(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     """Return the two-sided p-value of McNemar's exact test: do two methods err equally often on the same expressions?
 
-    Only the expressions on which they differ count: under the null hypothesis each is a fair coin (McNemar 1947, in its
-    exact binomial form). 1.0 when they never differ. It takes expressions for independent, which those of one image
-    are not quite: read it beside the interval of the difference, which does not.
+    `correct_a` and `correct_b` [E] are True or False; anything else raises ValueError. Only the expressions on which
+    they differ count: under the null hypothesis each is a fair coin (McNemar 1947, in its exact binomial form). 1.0
+    when they never differ. It takes expressions for independent, which those of one image are not quite: read it beside
+    the interval of the difference, which does not.
 
     >>> mcnemar_p(np.array([1, 1, 1, 1, 1, 0]), np.array([0, 0, 0, 0, 0, 0]))
     0.0625
@@ -222,7 +224,7 @@ def rec_table(
 
 
 def percent(fractions: np.ndarray) -> np.ndarray:
-    """Return fractions as the tables print them: percent with two decimals, and no "-0.0".
+    """Return fractions [K] as the tables print them: percent with two decimals, and no "-0.0".
 
     >>> percent(np.array([0.12346, -0.00001]))
     array([12.35,  0.  ])
@@ -265,9 +267,9 @@ def rec_predictions(
 ) -> pd.DataFrame:
     """Return the region that each method picks for each expression: one row an expression and method, expressions in order.
 
-    Columns: sent_id, image_id, ann_id, text, method, region (row of `regions`, -1 for none), x, y, w, h (pixels, of that region),
-    score (as METHODS gives it), iou with the referred box, correct (IoU > 0.5). `options` holds keyword arguments by method.
-    Raises ValueError for a method that METHODS does not have.
+    Columns: sent_id, image_id, ann_id, text, method, region (row of `regions`, -1 for none), x, y, w, h (pixels, of
+    that region), score (as METHODS gives it), iou with the referred box, correct (IoU > 0.5). `options` holds keyword
+    arguments by method. Raises ValueError for a method that METHODS does not have.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
@@ -373,10 +375,11 @@ def ris_table(
 ) -> pd.DataFrame:
     """Return `table_ris.csv` from `ris_predictions`, one row a method in the order of their first appearance.
 
-    Columns: the setting, method, n, and in percent, two decimals: oiou (Σ intersection / Σ union), miou (mean IoU), p50 …
-    p90 (share of expressions with IoU ≥ 0.5 … 0.9), each with _low and _high; then delta_oiou_vs_clip and
+    Columns: the setting, method, n, and in percent, two decimals: oiou (Σ intersection / Σ union), miou (mean IoU), p50
+    … p90 (share of expressions with IoU ≥ 0.5 … 0.9), each with _low and _high; then delta_oiou_vs_clip and
     delta_miou_vs_clip in percentage points, each with its interval (delta_oiou_low …); NaN without "clip". Intervals
-    resample images. Large objects weigh more in oIoU. Raises ValueError as `rec_table`.
+    resample images. Large objects weigh more in oIoU; the measures are those of LAVT (Yang et al., CVPR 2022). Raises
+    ValueError as `rec_table`.
 
     >>> frame = pd.DataFrame({"sent_id": [1, 2] * 2, "image_id": [1, 2] * 2, "method": ["clip"] * 2 + ["oracle"] * 2})
     >>> frame = frame.assign(intersection=[0, 30, 8, 30], union=[20, 40, 12, 40], iou=[0, 0.75, 2 / 3, 0.75], correct=True)
@@ -422,7 +425,17 @@ def ris_table(
 
 
 def precision_curve(predictions: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Return the share of expressions whose mask has at least each IoU from 0.01 to 1: threshold, method, precision (percent)."""
+    """Return the share of expressions whose mask has at least each IoU from 0.01 to 1.
+
+    Columns threshold, method, precision (percent).
+
+    >>> curve = precision_curve(pd.DataFrame({"method": "bsap", "iou": [0.2, 0.7, 1.0]}), ["bsap"])
+    >>> curve.iloc[[0, 49, 99]]
+        threshold method  precision
+    0        0.01   bsap     100.00
+    49       0.50   bsap      66.67
+    99       1.00   bsap      33.33
+    """
     thresholds = np.arange(1, 101) / 100
     parts = []
     for method in methods:
@@ -437,8 +450,8 @@ def ris_scenes(
 ) -> pd.DataFrame:
     """Return up to `each` expressions where only `method` has IoU ≥ 0.5, then as many where only CLIP has, drawn by `seed`.
 
-    Columns image_id, text, outcome ("win" or "loss"), the segmentations truth, clip and `method`, and the IoU of the last
-    two in clip_iou and `method`_iou.
+    Columns image_id, text, outcome ("win" or "loss"), the segmentations truth, clip and `method`, and the IoU of the
+    last two in clip_iou and `method`_iou.
     """
     wide = predictions.pivot(index="sent_id", columns="method", values=["correct", "region", "iou"])
     generator, rows = np.random.default_rng(seed), []
@@ -491,8 +504,8 @@ def rec_slices(
 ) -> pd.DataFrame:
     """Return accuracy by kind of expression, number of candidates in the image and size of the referred region.
 
-    Columns aspect, slice, method, n, accuracy, ci_low, ci_high (percent; the interval resamples images, NaN where a slice has one
-    image only). Candidates and sizes are cut into thirds of the expressions.
+    Columns aspect, slice, method, n, accuracy, ci_low, ci_high (percent; the interval resamples images, NaN where a
+    slice has one image only). Candidates and sizes are cut into thirds of the expressions.
     """
     expressions = ds.expressions
     area = ds.regions[["w", "h"]].prod(axis=1).loc[expressions["ann_id"]].to_numpy()

@@ -57,7 +57,8 @@ def from_boxes(
 
     Boxes are clipped to their image, and left out where nothing remains. Boxes of images that `ds` does not have are
     ignored; an image of `ds` without a box gets the whole image. `attrs["counts"]` has the number of each. Raises
-    DatasetError for a file that is of neither kind, has a wrong entry, or has no scores when they are asked for.
+    DatasetError for a file that is of neither kind, has a wrong entry, or has no scores when they are asked for,
+    and ValueError for `top_k` < 1.
 
     >>> from bsap_utils.datasets import load_refer
     >>> val = load_refer("data/refshapes", "refshapes").select(split="val")
@@ -110,7 +111,7 @@ def from_masks(
     Empty masks, and masks of images that `ds` does not have, are left out; an image of `ds` without a mask gets the
     whole image (segmentation None). `attrs["counts"]` has the number of each. Raises DatasetError for a file that is
     no such list, has a wrong entry (a damaged RLE, one of another size than its image), or has no scores when `top_k`
-    or `nms_iou` asks for them.
+    or `nms_iou` asks for them, and ValueError for `top_k` < 1 or `nms_iou` outside 0 … 1.
 
     >>> from bsap_utils.datasets import load_refer
     >>> val = load_refer("data/refshapes", "refshapes").select(split="val")
@@ -190,7 +191,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def load_proposals(ds: ReferDataset, source: str, root: str | Path, **options: Any) -> pd.DataFrame:
-    """Return the candidates that `source` names.
+    """Return the frame of candidates that `source` names.
 
     "gt", "detections" (`root/<dataset>_dets_dict.json`), "masks" (`root/<dataset>_masks.json`), or a JSON file: COCO
     results that have a segmentation are masks, all else is boxes. `options` go to `from_boxes` or `from_masks`.

@@ -177,6 +177,7 @@ class SceneObject:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """The middle of the box: x, y in pixels."""
         x, y, w, h = self.box
         return x + w / 2, y + h / 2
 
@@ -429,7 +430,7 @@ def _halves(mask: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def segment(scene: Scene, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
-    """Return 5 to 20 segments ([height, width] bool) and their scores, as a class-agnostic segmenter would.
+    """Return 5 to 20 segments ([H, W] bool) and their scores, as a class-agnostic segmenter would.
 
     Eroded, dilated and shifted objects; some missed, some found twice, some only in two halves, some merged with a
     neighbour; and patches of background. The score is what the segmenter makes of its mask: the IoU with the best

@@ -503,3 +503,9 @@ def test_frames_survive_parquet(tmp_path):
     for frame in (ds.images, ds.regions.drop(columns="segmentation"), ds.expressions):
         frame.to_parquet(tmp_path / "frame.parquet")
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "frame.parquet"), frame)
+
+
+def test_a_missing_file_is_not_called_invalid(tmp_path):
+    with pytest.raises(DatasetError, match=r"nowhere\.json: cannot be read \(No such file") as caught:
+        datasets.read_json(tmp_path / "nowhere.json")
+    assert "valid JSON" not in str(caught.value)
