@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import hashlib
+import inspect
+import itertools
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import huggingface_hub
@@ -16,16 +23,23 @@ import numpy as np
 import open_clip
 import pandas as pd
 import torch
+import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 from tqdm.auto import tqdm
 
-from .datasets import DatasetError, ReferDataset
+from . import cache as feature_cache
+from . import visual_prompts as visual_prompts_module
+from .datasets import XYWH, DatasetError, ReferDataset
 from .proposals import decode_masks
-from .visual_prompts import MASK_PROMPTS, patch_masks, show_regions, squash
+from .visual_prompts import MASK_PROMPTS, VISUAL_PROMPTS, patch_masks, show_regions, squash
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 TEMPLATE = "a photo of {}"  # ReCLIP's text: "a photo of " + the expression in lower case
 SAMPLE_MODEL = "local-dir:data/clip-refshapes"
+READERS = 4  # threads that read, decode and unpack masks ahead of the encoder (tests/benchmarks/encoding.py)
+KEEP_EVERY = 30  # seconds of encoding that an interruption may lose
 
 
 class ModelError(RuntimeError):
@@ -143,6 +157,57 @@ def _load(model: str, pretrained: str, precision: str, device: torch.device) -> 
         huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
+def read_image(ds: ReferDataset, image_id: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return an image as uint8 [3, H, W] on `device`; on CUDA, nvJPEG decodes what it can. Raises DatasetError as `load_image`.
+
+    >>> from bsap_utils.datasets import load_refer
+    >>> ds = load_refer("data/refshapes", "refshapes")
+    >>> read_image(ds, ds.images.index[0]).shape
+    torch.Size([3, 240, 320])
+    """
+    device, path = torch.device(device), ds.image_path(image_id)
+    if device.type == "cuda" and path.suffix.lower() in (".jpg", ".jpeg"):
+        with contextlib.suppress(
+            ImportError, RuntimeError
+        ):  # what it refuses, PIL decodes, or says what is wrong with it
+            image = decode_jpeg(path, device)
+            if list(image.shape[1:]) == ds.images.loc[image_id, ["height", "width"]].tolist():
+                return image
+    return transforms.pil_to_tensor(ds.load_image(image_id)).to(device)
+
+
+def decode_jpeg(path: Path, device: torch.device | str) -> torch.Tensor:
+    """Return a JPEG as uint8 [3, H, W], decoded on `device`. Raises RuntimeError for what is no whole JPEG.
+
+    On a CPU, torchvision decodes to the same pixels as PIL, and no faster. (Since 0.29 it announces to leave this to
+    torchcodec: hence imported only where it is used.)
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return decode_jpeg(read_file(str(path)), ImageReadMode.RGB, device)
+
+
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], threads: int = READERS) -> Iterator[Result]:
+    """Yield function(item) of each item in order, worked out by threads ahead of need, but never more than 4 a thread.
+
+    >>> list(prefetch(abs, [-1, -2, 3]))
+    [1, 2, 3]
+    """
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def encode_masked(visual: Any, pixels: torch.Tensor, keep: torch.Tensor, from_block: int | None = None) -> torch.Tensor:
     """Encode one image for N regions, the patches outside of each region hidden: [N, D], not normalized.
 
@@ -215,7 +280,10 @@ class ClipScorer:
     `model`, `pretrained`: any pair that open_clip knows; or `hf-hub:OWNER/NAME`, or `local-dir:FOLDER` (both bring
     their own weights); or a model name with `pretrained` the path of a checkpoint file. `device="auto"` takes CUDA, then
     Apple MPS, then the CPU;
-    `precision="auto"` takes bf16 on a GPU that has it, else fp32. Raises ModelError: a model is never used without weights.
+    `precision="auto"` takes bf16 on a GPU that has it, else fp32. `batch_size` pictures or texts are encoded at once; 0 takes
+    16 on a CPU, where more is no faster, else 1,024. It is halved as often as the device runs out of memory.
+    With `cache`, features of regions and texts are kept on disk (`cache.folder`), and encoded only where they are not there.
+    Raises ModelError: a model is never used without weights.
 
     >>> scorer = ClipScorer("local-dir:data/clip-refshapes", device="cpu")
     >>> scorer.encode_texts(["a photo of red star", "a photo of key"]).shape
@@ -223,18 +291,21 @@ class ClipScorer:
     """
 
     def __init__(self, model: str = "ViT-B-32", pretrained: str = "openai", device: str = "auto", precision: str = "auto",
-                 batch_size: int = 256) -> None:  # fmt: skip
+                 batch_size: int = 0, cache: bool = True) -> None:  # fmt: skip
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         own_weights = model.startswith(("local-dir:", "hf-hub:"))
         self.model_name, self.pretrained = model, "" if own_weights else pretrained
         self.model: Any = _load(model, self.pretrained, self.precision, self.device).eval()
+        self.model.visual.to(memory_format=torch.channels_last)
         self.tokenizer = open_clip.get_tokenizer(model)
-        self.batch_size = batch_size
+        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 1024)
+        self.cache = cache
         preprocess = self.model.visual.preprocess_cfg
         size = preprocess["size"]
         self.image_size: int | tuple[int, int] = size if isinstance(size, int) else tuple(size)
-        self._mean, self._std = list(preprocess["mean"]), list(preprocess["std"])
+        mean, std = (torch.tensor(preprocess[name], device=self.device).view(3, 1, 1) for name in ("mean", "std"))
+        self._scale, self._shift = 1 / (255 * std), -mean / std  # of uint8: (pixel / 255 - mean) / std in one pass
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
             self.precision.removeprefix("pure_"), torch.float32
         )
@@ -245,28 +316,39 @@ class ClipScorer:
 
     def _pixels(self, views: torch.Tensor) -> torch.Tensor:
         """Turn [N, 3, S, S] uint8 on any device into the model's input."""
-        pixels = transforms.to_dtype(views.to(self.device), torch.float32, scale=True)
-        return transforms.normalize(pixels, self._mean, self._std).to(self._dtype)
+        pixels = torch.addcmul(self._shift, views.to(self.device, non_blocking=True).float(), self._scale)
+        return pixels.to(self._dtype, memory_format=torch.channels_last)
+
+    def _in_batches(self, encode: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """Encode inputs [N, …] in batches: [N, D] float32; with half the batch where the device's memory is too small."""
+        while True:
+            try:
+                return torch.cat([encode(part).float() for part in inputs.split(self.batch_size)])
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+            self.batch_size //= 2  # outside of the handler: its traceback would keep the failed batch in memory
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _encode_stream(self, views: Iterable[torch.Tensor]) -> torch.Tensor:
         """Encode a stream of [n, 3, S, S] uint8 in full batches, whatever the n: [N, D], not normalized, on the CPU."""
 
         def encode(batch: torch.Tensor) -> torch.Tensor:
-            return self.model.encode_image(self._pixels(batch)).float()
+            return self.model.encode_image(self._pixels(batch))
 
-        features, waiting = [], 0
+        features: list[torch.Tensor] = []
         buffer: list[torch.Tensor] = []
         with torch.inference_mode():
             for block in views:
                 buffer.append(block)
-                waiting += len(block)
-                if waiting >= self.batch_size:
+                if sum(map(len, buffer)) >= self.batch_size:
                     joined = torch.cat(buffer)
-                    whole = waiting - waiting % self.batch_size
-                    features += [encode(part) for part in joined[:whole].split(self.batch_size)]
-                    buffer, waiting = [joined[whole:]], waiting - whole
-            if waiting:
-                features.append(encode(torch.cat(buffer)))
+                    whole = len(joined) - len(joined) % self.batch_size
+                    features.append(self._in_batches(encode, joined[:whole]))
+                    buffer = [joined[whole:]]
+            if sum(map(len, buffer)):
+                features.append(self._in_batches(encode, torch.cat(buffer)))
         if not features:
             raise ValueError("Nothing to encode: no images or regions were given.")
         return torch.cat(features).cpu()
@@ -284,7 +366,8 @@ class ClipScorer:
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Encode texts as they are (no template): [N, D] unit vectors, float32, on the CPU. Each distinct text is encoded once.
 
-        Texts over the model's context length are truncated, as CLIP does; a warning says how many.
+        Texts over the model's context length are truncated, as CLIP does; a warning says how many. Raises ValueError
+        when there is no text.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._text_features]
         if new:
@@ -295,11 +378,21 @@ class ClipScorer:
             if truncated:
                 warnings.warn(f"{truncated} of {len(new)} texts are longer than the {length} tokens of {self.model_name}; "
                               "their ends are cut off.", stacklevel=2)  # fmt: skip
-            with torch.inference_mode():
-                for start in range(0, len(new), self.batch_size):
-                    part = self.model.encode_text(tokens[start : start + self.batch_size].to(self.device))
-                    part = torch.nn.functional.normalize(part.float(), dim=-1).cpu()
-                    self._text_features.update(zip(new[start : start + self.batch_size], part, strict=True))
+            space = self._space({"tokenizer": type(self.tokenizer).__name__, "length": length})
+            keys, known = [feature_cache.key_of(text) for text in new], torch.zeros(len(new), dtype=torch.bool)
+            if space:
+                features, known = space.get(keys)
+                self._text_features.update(zip(itertools.compress(new, known.tolist()), features[known], strict=True))
+            if not known.all():
+                with torch.inference_mode():
+                    features = self._in_batches(
+                        lambda part: self.model.encode_text(part.to(self.device)), tokens[~known]
+                    )
+                    features = torch.nn.functional.normalize(features, dim=-1).cpu()
+                unknown = (~known).tolist()
+                self._text_features.update(zip(itertools.compress(new, unknown), features, strict=True))
+                if space:
+                    space.put(list(itertools.compress(keys, unknown)), features)
         if not len(texts):
             raise ValueError("Nothing to encode: no texts were given.")
         return torch.stack([self._text_features[text] for text in texts])
@@ -311,61 +404,163 @@ class ClipScorer:
         visual_prompts: Sequence[str] = ("crop", "blur"),
         global_weight: float = 0.95,
         from_block: int | None = None,
+        exact: bool = False,
     ) -> torch.Tensor:
         """Encode every region under every visual prompt: [P, R, D] unit vectors, float32, on the CPU.
 
-        Each image is decoded once. `regions` has one row a candidate, the rows in any order: image_id, x, y, w, h in
-        pixels and, for visual prompts that show masks, segmentation. The prompt "global_local" is Global-Local CLIP's
-        (Yu et al., CVPR 2023): `global_weight` · g + (1 - `global_weight`) · l of features not yet normalized, where g is
-        the whole image's with the patches outside the mask hidden (`encode_masked`), and l that of mask_crop. The paper's
-        weight is 0.95, and 0.85 for RefCOCOg.
+        Each image is decoded once, ahead of need; all its regions are cut, blurred and resized on the device, and encoded in
+        full batches across images. What the cache knows is not encoded again. `exact` decodes, blurs and resizes with PIL
+        instead, as ReCLIP does: slow, and there to be compared with.
 
-        Raises DatasetError for images and masks that are missing or damaged, ValueError for an unknown visual prompt,
-        ModelError for global_local with a model that has no class token over patch tokens.
+        `regions` has one row a candidate, the rows in any order: image_id, x, y, w, h in pixels and, for visual prompts that
+        show masks, segmentation. The prompt "global_local" is Global-Local CLIP's (Yu et al., CVPR 2023): `global_weight` · g +
+        (1 - `global_weight`) · l of features not yet normalized, where g is the whole image's with the patches outside the mask
+        hidden (`encode_masked`), and l that of mask_crop. The paper's weight is 0.95, and 0.85 for RefCOCOg.
+
+        Raises DatasetError for images and masks that are missing or damaged, ValueError for an unknown visual prompt and where
+        there is no region, ModelError for global_local with a model that has no class token over patch tokens.
         """
-        mixed = [p for p, name in enumerate(visual_prompts) if name == "global_local"]
-        if mixed and not has_patch_tokens(self.model.visual):
+        if "global_local" in visual_prompts and not has_patch_tokens(self.model.visual):
             raise ModelError(f"The visual prompt 'global_local' hides patch tokens, but the image tower of "
                              f"{self.model_name}, {type(self.model.visual).__name__}, has no class token over such. Use "
                              "a ViT of open_clip, e.g. ViT-B-32, or a prompt such as mask_crop.")  # fmt: skip
+        if unknown := [name for name in visual_prompts if name not in VISUAL_PROMPTS]:
+            raise ValueError(f"Unknown visual prompt {unknown}; there are: {', '.join(VISUAL_PROMPTS)}.")
+        if not len(regions) or not len(visual_prompts):
+            raise ValueError("Nothing to encode: no regions or no visual prompts were given.")
         segmentations = None if MASK_PROMPTS.isdisjoint(visual_prompts) else _segmentations(ds, regions, visual_prompts)
         missing = ds.missing_images()
         if missing:  # known before hours of work, not after
             raise DatasetError(f"{len(missing)} of {len(ds.images)} images are not in {ds.image_root}, e.g. {missing[0]}. Get "
                                "them with `bsap data get`, or pass the right `image_root`.")  # fmt: skip
-        rows_of_image = regions.groupby("image_id", sort=False).indices
-        boxes = torch.tensor(regions[["x", "y", "w", "h"]].to_numpy(np.float32))
-        global_features: list[torch.Tensor] = []
+        spaces = [self._space(self._view(name, global_weight, from_block, exact)) for name in visual_prompts]
+        keys = _region_keys(ds, regions, segmentations) if any(spaces) else {}
+        features = torch.zeros(len(visual_prompts), len(regions), 0)
+        known = torch.zeros(len(visual_prompts), len(regions), dtype=torch.bool)
+        unkept = known.clone()
 
-        def views() -> Iterator[torch.Tensor]:
-            for image_id, rows in tqdm(rows_of_image.items(), desc="Encoding images", delay=2, leave=False):
-                image, masks = transforms.pil_to_tensor(ds.load_image(image_id)).to(self.device), None
-                if segmentations is not None:
-                    try:
-                        decoded = decode_masks(segmentations[rows], *image.shape[1:])
-                    except DatasetError as error:
-                        raise DatasetError(f"Image {image_id}: the mask of a candidate is wrong: {error}. Correct it, or "
-                                           "leave this candidate out.") from error  # fmt: skip
-                    masks = torch.from_numpy(decoded).to(self.device)
-                if mixed and masks is not None:
-                    pixels = self._pixels(squash(image, self.image_size)[None])
-                    for keep in patch_masks(masks, self.model.visual.grid_size).split(self.batch_size):
-                        global_features.append(encode_masked(self.model.visual, pixels, keep, from_block).float().cpu())
-                of_image = boxes[torch.from_numpy(rows)].to(self.device)
-                yield show_regions(image, of_image, visual_prompts, self.image_size, masks).flatten(0, 1)
+        def fill(prompt: torch.Tensor | int, row: torch.Tensor, found: torch.Tensor) -> None:
+            nonlocal features
+            if not features.shape[2]:  # how wide features are, only features tell
+                features = torch.full((*known.shape, found.shape[1]), torch.nan)
+            features[prompt, row], known[prompt, row] = found, True
 
-        features = self._encode_stream(views())
-        prompts = len(visual_prompts)
-        places = np.arange(prompts)[:, None] * len(regions)  # a block has all prompts of one image
-        source = np.concatenate([(places + rows).ravel() for rows in rows_of_image.values()])
-        ordered = torch.empty_like(features)
-        ordered[torch.from_numpy(source)] = features
-        ordered = ordered.view(prompts, len(regions), -1)
-        if mixed:
-            rows = torch.from_numpy(np.concatenate(list(rows_of_image.values())))
-            ordered[mixed] *= 1 - global_weight
-            ordered[torch.tensor(mixed)[:, None], rows] += global_weight * torch.cat(global_features)
-        return torch.nn.functional.normalize(ordered, dim=-1)
+        def keep() -> None:
+            for prompt, (name, space) in enumerate(zip(visual_prompts, spaces, strict=True)):
+                rows = unkept[prompt].nonzero().squeeze(1)
+                if space and len(rows):
+                    space.put([keys[name in MASK_PROMPTS][row] for row in rows.tolist()], features[prompt, rows])
+            unkept.fill_(False)
+
+        for prompt, (name, space) in enumerate(zip(visual_prompts, spaces, strict=True)):
+            if space:
+                found, there = space.get(keys[name in MASK_PROMPTS])
+                if there.any():
+                    fill(prompt, there.nonzero().squeeze(1), found[there])
+        kept_at = time.monotonic()
+        try:
+            for prompts, rows, found in self._encode_views(
+                ds, regions, segmentations, visual_prompts, ~known, global_weight, from_block, exact
+            ):
+                fill(prompts, rows, found)
+                unkept[prompts, rows] = True
+                if time.monotonic() - kept_at > KEEP_EVERY:
+                    keep()
+                    kept_at = time.monotonic()
+        finally:  # an interruption, or a damaged picture, loses nothing that was encoded
+            keep()
+        return features
+
+    def _encode_views(
+        self,
+        ds: ReferDataset,
+        regions: pd.DataFrame,
+        segmentations: np.ndarray | None,
+        visual_prompts: Sequence[str],
+        wanted: torch.Tensor,
+        global_weight: float,
+        from_block: int | None,
+        exact: bool,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Encode what is `wanted` [P, R], some images at a time: yields visual prompt [n], row [n] and unit features [n, D]."""
+        boxes = torch.tensor(regions[XYWH].to_numpy(np.float32))
+        jobs = []  # of one image each: its id, the rows that any visual prompt wants, and which of these each wants
+        for image_id, rows in regions.groupby("image_id", sort=False).indices.items():
+            of_image = wanted[:, rows]
+            if of_image.any():
+                some = of_image.any(0)
+                jobs.append((image_id, torch.from_numpy(rows)[some], of_image[:, some]))
+
+        def load(job: tuple[Any, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+            image_id, rows, _ = job
+            image = (
+                transforms.pil_to_tensor(ds.load_image(image_id)) if exact else read_image(ds, image_id, self.device)
+            )
+            if segmentations is None:
+                return image, None
+            try:
+                masks = torch.from_numpy(decode_masks(segmentations[rows.numpy()], *image.shape[1:]))
+            except DatasetError as error:
+                raise DatasetError(f"Image {image_id}: the mask of a candidate is wrong: {error}. Correct it, or leave "
+                                   "this candidate out.") from error  # fmt: skip
+            return image, masks.to(image.device)
+
+        def views(part: list, order: list, hidden: list) -> Iterator[torch.Tensor]:
+            for (_, rows, of_image), (image, masks) in zip(part, loaded, strict=False):
+                for prompt, name in enumerate(visual_prompts):
+                    of_prompt, which = masks, of_image[prompt]
+                    if not which.any():
+                        continue
+                    if masks is not None and not which.all():
+                        of_prompt = masks[which]
+                    if name == "global_local" and of_prompt is not None:
+                        pixels = self._pixels(squash(image, self.image_size, exact)[None])
+                        for patches in patch_masks(of_prompt, self.model.visual.grid_size).split(self.batch_size):
+                            hidden.append(encode_masked(self.model.visual, pixels, patches, from_block).float())
+                    order.append((torch.full((int(which.sum()),), prompt), rows[which]))
+                    yield show_regions(image, boxes[rows[which]], [name], self.image_size, of_prompt, exact)[0]
+
+        sizes = np.cumsum([int(of_image.sum()) for _, _, of_image in jobs])
+        loaded = prefetch(load, tqdm(jobs, desc="Encoding images", delay=2, leave=False))
+        for _, group in itertools.groupby(zip(jobs, sizes, strict=True), lambda one: one[1] // (16 * self.batch_size)):
+            order: list[tuple[torch.Tensor, torch.Tensor]] = []
+            hidden: list[torch.Tensor] = []  # features of the whole image with what is not the region hidden
+            features = self._encode_stream(views([job for job, _ in group], order, hidden))
+            prompt, row = (torch.cat(parts) for parts in zip(*order, strict=True))
+            if hidden:
+                mixed = torch.tensor([name == "global_local" for name in visual_prompts])[prompt]
+                features[mixed] = (1 - global_weight) * features[mixed] + global_weight * torch.cat(hidden).cpu()
+            yield prompt, row, torch.nn.functional.normalize(features, dim=-1)
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What features depend on, whatever is encoded."""
+        config = Path(self.model_name.removeprefix("local-dir:")) / "open_clip_config.json"
+        return {
+            "model": self.model_name, "pretrained": self.pretrained, "weights": self.weights_hash(),
+            "architecture": feature_cache.key_of(repr(self.model), config.read_text() if config.is_file() else ""),
+            "preprocess": self.model.visual.preprocess_cfg, "precision": self.precision, "device": self.device.type,
+            "versions": [torch.__version__, torchvision.__version__, open_clip.__version__],
+        }  # fmt: skip
+
+    def _view(self, name: str, global_weight: float, from_block: int | None, exact: bool) -> dict[str, Any] | None:
+        """What the features of one visual prompt depend on besides; None for a prompt that is not ours.
+
+        The code of ours tells when a view changes. What else a function of yours depends on, nobody can know.
+        """
+        function = VISUAL_PROMPTS[name]
+        if getattr(function, "__module__", "") != show_regions.__module__:
+            return None
+        code = [function.__name__, inspect.getsource(visual_prompts_module), inspect.getsource(encode_masked)]
+        about = {"visual_prompt": name, "code": feature_cache.key_of(code), "exact": exact}
+        return about | ({"global_weight": global_weight, "from_block": from_block} if name == "global_local" else {})
+
+    def _space(self, about: dict[str, Any] | None) -> feature_cache.Space | None:
+        """Where features that depend on this scorer and `about` are kept; None where they are not."""
+        folder = feature_cache.folder()
+        if not self.cache or folder is None or about is None:
+            return None
+        return feature_cache.Space(folder, {**self._identity, **about})
 
     def logits(self, features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Return the logits [R, T] of features [R, D] or [P, R, D] (then the mean over the P visual prompts) for texts [T, D].
@@ -399,6 +594,18 @@ def _segmentations(ds: ReferDataset, regions: pd.DataFrame, visual_prompts: Sequ
     masks = given.copy()
     masks[~there] = None
     return masks
+
+
+def _region_keys(ds: ReferDataset, regions: pd.DataFrame, segmentations: np.ndarray | None) -> dict[bool, list[str]]:
+    """Return the cache's keys of all regions, without their masks (False) and with them (True)."""
+    files = {}
+    for image_id in regions["image_id"].unique():
+        path = ds.image_path(image_id).absolute()
+        files[image_id] = str(path), path.stat().st_size, path.stat().st_mtime_ns
+    boxes = zip(regions["image_id"], regions[XYWH].to_numpy(np.float64).tolist(), strict=True)
+    keys = [feature_cache.key_of(files[image_id], box) for image_id, box in boxes]
+    masks: Sequence[Any] = [] if segmentations is None else segmentations.tolist()
+    return {False: keys, True: [feature_cache.key_of(key, mask) for key, mask in zip(keys, masks, strict=False)]}
 
 
 @dataclass(frozen=True)

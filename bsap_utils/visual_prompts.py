@@ -1,7 +1,8 @@
 """Visual prompts: what CLIP is shown of a region.
 
 A visual prompt is a function `(image, boxes, masks) -> views` on the device of the image: `image` [3, H, W] uint8,
-`boxes` [N, 4] xywh in pixels, `masks` [N, H, W] bool or None, and one view a region, uint8, each of any size.
+`boxes` [N, 4] xywh in pixels, `masks` [N, H, W] bool or None, and one view a region, uint8, each of any size. Boxes stay
+on the CPU, whatever the image's device: to read a cropping edge back from a GPU would make it wait, once a region.
 `show_regions` squashes the views to the model's square, as ReCLIP does, so that nothing of a long region is cut away by
 a centre crop. The codes P, B2 … D4 are those of FGVP (Yang et al., NeurIPS 2023): P crop, B box, C circle, D mask; and
 1 line, 2 colour inside, 3 grey outside, 4 blur outside.
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import InterpolationMode
@@ -38,12 +40,19 @@ def pixel_edges(boxes: Tensor, height: int, width: int) -> Tensor:
     return torch.cat([start, torch.minimum(torch.maximum(corners[:, 2:], start + 1), limit)], 1)
 
 
-def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(image: Tensor, sigma: float, exact: bool = False) -> Tensor:
     """Blur [3, H, W] uint8 with standard deviation `sigma` in pixels; borders repeat the edge pixel.
 
     A wide blur has no fine detail, so it is done on a smaller picture: σ = 100 px costs a kernel of 41 taps instead of
     661. It is nearer to the exact Gaussian than PIL's three box blurs, which ReCLIP uses (a test compares all three).
+    `exact` takes PIL's, on the CPU.
+
+    >>> gaussian_blur(torch.full((3, 8, 8), 7, dtype=torch.uint8), sigma=100.0).unique()
+    tensor([7], dtype=torch.uint8)
     """
+    if exact:
+        blurred = transforms.to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma))
+        return transforms.pil_to_tensor(blurred).to(image.device)
     height, width = image.shape[-2:]
     factor = max(1.0, sigma / 6)
     small_size = [max(1, round(height / factor)), max(1, round(width / factor))]
@@ -61,22 +70,25 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     return blurred[0].round().clamp(0, 255).byte()
 
 
-def box_masks(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Return the pixels inside of boxes [N, 4] (xywh): [N, H, W] bool."""
-    edges = pixel_edges(boxes, height, width)[:, :, None, None]
-    y, x = torch.arange(height, device=boxes.device)[:, None], torch.arange(width, device=boxes.device)[None]
+def box_masks(boxes: Tensor, image: Tensor) -> Tensor:
+    """Return the pixels of an image [3, H, W] inside of boxes [N, 4] (xywh): [N, H, W] bool on the image's device."""
+    height, width = image.shape[-2:]
+    edges = _on(image.device, pixel_edges(boxes, height, width))[:, :, None, None]
+    y, x = torch.arange(height, device=image.device)[:, None], torch.arange(width, device=image.device)[None]
     return (x >= edges[:, 0]) & (x < edges[:, 2]) & (y >= edges[:, 1]) & (y < edges[:, 3])
 
 
-def ellipse_masks(boxes: Tensor, height: int, width: int, grow: float = 0.0) -> Tensor:
-    """Return the pixels inside of ellipses: [N, H, W] bool.
+def ellipse_masks(boxes: Tensor, image: Tensor, grow: float = 0.0) -> Tensor:
+    """Return the pixels of an image [3, H, W] inside of ellipses: [N, H, W] bool on the image's device.
 
     They touch the four sides of boxes [N, 4] (xywh); `grow` pixels are added to each radius.
     """
-    left, top, right, bottom = pixel_edges(boxes, height, width).float()[:, :, None, None].unbind(1)
+    height, width = image.shape[-2:]
+    edges = _on(image.device, pixel_edges(boxes, height, width).float())
+    left, top, right, bottom = edges[:, :, None, None].unbind(1)
     a, b = ((right - left) / 2 + grow).clamp(min=0), ((bottom - top) / 2 + grow).clamp(min=0)
-    x = torch.arange(width, device=boxes.device)[None] + 0.5 - (left + right) / 2
-    y = torch.arange(height, device=boxes.device)[:, None] + 0.5 - (top + bottom) / 2
+    x = torch.arange(width, device=image.device)[None] + 0.5 - (left + right) / 2
+    y = torch.arange(height, device=image.device)[:, None] + 0.5 - (top + bottom) / 2
     return ((x * b) ** 2 + (y * a) ** 2 <= (a * b) ** 2) & (a > 0) & (b > 0)
 
 
@@ -94,12 +106,13 @@ def shade(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
     `template` of `refer_logits`).
     """
     tinted = image + alpha * (_pixel(colour, image) - image.float())
-    return torch.where(box_masks(boxes, *image.shape[-2:])[:, None], tinted.round().byte(), image)
+    return torch.where(box_masks(boxes, image)[:, None], tinted.round().byte(), image)
 
 
-def blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None, sigma: float = 100.0) -> Tensor:
+def blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
+         sigma: float = 100.0, exact: bool = False) -> Tensor:  # fmt: skip
     """B4: show the whole image, blurred with σ = 100 pixels outside the box (ReCLIP, Subramanian et al. 2022)."""
-    return torch.where(box_masks(boxes, *image.shape[-2:])[:, None], image, gaussian_blur(image, sigma))
+    return torch.where(box_masks(boxes, image)[:, None], image, gaussian_blur(image, sigma, exact))
 
 
 def circle(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
@@ -109,19 +122,24 @@ def circle(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
     `thickness` is a share of the image's shorter side, and at least one pixel. The paper's own value is not known to
     us: 2 pixels where the shorter side has 384, and an ellipse that touches the box's sides, are those of FGVP's rerun.
     """
-    (height, width), line = image.shape[-2:], max(1.0, thickness * min(image.shape[-2:]))
-    ring = ellipse_masks(boxes, height, width, line / 2) & ~ellipse_masks(boxes, height, width, -line / 2)
-    return torch.where(ring[:, None], _pixel(colour, image), image)
+    line = max(1.0, thickness * min(image.shape[-2:]))
+    outer, inner = (ellipse_masks(boxes, image, grow) for grow in (line / 2, -line / 2))
+    return torch.where((outer & ~inner)[:, None], _pixel(colour, image), image)
 
 
 def circle_gray(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
     """C3: show the whole image, grey outside the ellipse that touches the sides of the box; no line, as in FGVP."""
-    return torch.where(ellipse_masks(boxes, *image.shape[-2:])[:, None], image, transforms.rgb_to_grayscale(image, 3))
+    return torch.where(
+        ellipse_masks(boxes, image)[:, None],
+        image,
+        transforms.rgb_to_grayscale(image, 3),
+    )
 
 
-def circle_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None, sigma: float = 100.0) -> Tensor:
+def circle_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
+                sigma: float = 100.0, exact: bool = False) -> Tensor:  # fmt: skip
     """C4: show the whole image, blurred with σ = 100 pixels outside that ellipse; no line, as in FGVP."""
-    return torch.where(ellipse_masks(boxes, *image.shape[-2:])[:, None], image, gaussian_blur(image, sigma))
+    return torch.where(ellipse_masks(boxes, image)[:, None], image, gaussian_blur(image, sigma, exact))
 
 
 def mask_contour(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
@@ -143,9 +161,10 @@ def mask_gray(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tens
     return torch.where(_needed(masks, image, "mask_gray")[:, None], image, transforms.rgb_to_grayscale(image, 3))
 
 
-def mask_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None, sigma: float = 100.0) -> Tensor:
+def mask_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
+              sigma: float = 100.0, exact: bool = False) -> Tensor:  # fmt: skip
     """D4, "blur reverse mask": show the whole image, blurred with σ = 100 pixels outside the mask (FGVP)."""
-    return torch.where(_needed(masks, image, "mask_blur")[:, None], image, gaussian_blur(image, sigma))
+    return torch.where(_needed(masks, image, "mask_blur")[:, None], image, gaussian_blur(image, sigma, exact))
 
 
 def mask_crop(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
@@ -167,10 +186,16 @@ VISUAL_PROMPTS: dict[str, VisualPrompt] = {
     "global_local": mask_crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
 }  # fmt: skip
 MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop", "global_local"})
+BLUR_PROMPTS = frozenset({"blur", "circle_blur", "mask_blur"})
+
+
+def _on(device: torch.device | str, tensor: Tensor) -> Tensor:
+    """Send something small to the device without waiting for what is under way there."""
+    return tensor.to(device, non_blocking=True)
 
 
 def _pixel(colour: Sequence[int], image: Tensor) -> Tensor:
-    return torch.tensor(colour, dtype=torch.uint8, device=image.device).view(3, 1, 1)
+    return _on(image.device, torch.tensor(colour, dtype=torch.uint8)).view(3, 1, 1)
 
 
 def _needed(masks: Tensor | None, image: Tensor, name: str) -> Tensor:
@@ -196,24 +221,86 @@ def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
     return coverage >= coverage.amax(1, keepdim=True) / 2
 
 
-def squash(images: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased bicubic, whatever the aspect ratio."""
+def squash(images: Tensor, size: int | tuple[int, int], exact: bool = False) -> Tensor:
+    """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased bicubic, whatever the aspect ratio.
+
+    `exact` takes PIL instead, for [3, H, W] on the CPU.
+    """
     shape = [size, size] if isinstance(size, int) else list(size)
+    if exact:
+        small = transforms.to_pil_image(images).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+        return transforms.pil_to_tensor(small)
     return transforms.resize(images, shape, InterpolationMode.BICUBIC, antialias=True)
 
 
+def bicubic_weights(lengths: Tensor, size: int, longest: int) -> Tensor:
+    """Return the matrices that resample lines of `lengths` [N] pixels to `size`: [N, size, longest] float32.
+
+    Antialiased bicubic as PIL and torchvision have it: Keys' kernel (1981, a = -0.5), as wide as an output pixel when
+    that is larger than an input pixel. Columns from a line's length on are 0.
+
+    >>> bicubic_weights(torch.tensor([2, 3]), size=2, longest=3)[0]
+    tensor([[1., 0., 0.],
+            [0., 1., 0.]])
+    """
+    scale = (lengths / size)[:, None, None]
+    here = torch.arange(longest, device=lengths.device) + 0.5
+    centre = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * scale
+    x = ((here - centre) / scale.clamp(min=1)).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * (here < lengths[:, None, None])
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def squash_together(views: Tensor | list[Tensor], size: int | tuple[int, int]) -> Tensor:
+    """Do what `squash` does to views [3, h, w] of any sizes, all in two matrix products: [N, 3, size, size] uint8.
+
+    A GPU would spend more time on starting a resize for each crop than on encoding it. A CPU has no such cost, and skips
+    the zeros of these matrices: there `squash` is faster (a test holds the two to one grey level).
+    """
+    shape = (size, size) if isinstance(size, int) else size
+    if isinstance(views, Tensor):
+        sizes, padded = torch.tensor([views.shape[-2:]]), views.float()
+    else:
+        sizes = torch.tensor([view.shape[-2:] for view in views])
+        padded = torch.zeros(len(views), 3, *sizes.amax(0).tolist(), device=views[0].device)
+        for place, view in zip(padded, views, strict=True):
+            place[:, : view.shape[1], : view.shape[2]] = view
+    rows, columns = (
+        bicubic_weights(_on(padded.device, sizes[:, axis]), shape[axis], padded.shape[2 + axis])[:, None]
+        for axis in (0, 1)
+    )
+    across = (padded @ columns.mT).round_().clamp_(0, 255)  # PIL too holds whole grey levels between the two passes
+    return (rows @ across).round_().clamp_(0, 255).byte()
+
+
+AT_ONCE = 2**27  # bytes of an image's views that exist at a time, before they are squashed
+
+
 def show_regions(image: Tensor, boxes: Tensor, visual_prompts: Sequence[str], size: int | tuple[int, int],
-                 masks: Tensor | None = None) -> Tensor:  # fmt: skip
+                 masks: Tensor | None = None, exact: bool = False) -> Tensor:  # fmt: skip
     """Return the views of N regions of one image under P visual prompts: [P, N, 3, size, size] uint8.
 
-    `image` [3, H, W] uint8, `boxes` [N, 4] xywh in pixels, `masks` [N, H, W] bool for the prompts of MASK_PROMPTS.
+    `image` [3, H, W] uint8 on any device, `boxes` [N, 4] xywh in pixels on the CPU, `masks` [N, H, W] bool on the image's
+    device for the prompts of MASK_PROMPTS. `exact` blurs and resizes with PIL, one view at a time on the CPU: the yardstick.
     Raises ValueError for an unknown visual prompt, and for one that needs masks and gets none.
     """
     unknown = [name for name in visual_prompts if name not in VISUAL_PROMPTS]
     if unknown or not visual_prompts:
         raise ValueError(f"Unknown visual prompt {unknown}; there are: {', '.join(VISUAL_PROMPTS)}.")
-    shown = [VISUAL_PROMPTS[name](image, boxes, masks) for name in visual_prompts]
-    return torch.stack([
-        squash(views, size) if isinstance(views, Tensor) else torch.stack([squash(view, size) for view in views])
-        for views in shown
-    ])  # fmt: skip
+    at_once = max(1, AT_ONCE // image.numel())
+    if len(boxes) > at_once:  # a thousand regions of a large picture would not fit in memory
+        parts = zip(
+            boxes.split(at_once), masks.split(at_once) if masks is not None else [None] * len(boxes), strict=False
+        )
+        return torch.cat([show_regions(image, of, visual_prompts, size, mask, exact) for of, mask in parts], 1)
+    shown = []
+    for name in visual_prompts:
+        views = VISUAL_PROMPTS[name](image, boxes, masks, **({"exact": True} if exact and name in BLUR_PROMPTS else {}))
+        if image.device.type != "cpu" and not exact:
+            shown.append(squash_together(views, size))
+        elif isinstance(views, Tensor) and not exact:
+            shown.append(squash(views, size))
+        else:
+            shown.append(torch.stack([squash(view, size, exact) for view in views]))
+    return torch.stack(shown)

@@ -13,6 +13,7 @@ from bsap_utils import ROOT
 from bsap_utils.datasets import load_refer
 from bsap_utils.scoring import ClipScorer
 
+os.environ["BSAP_CACHE"] = ""  # every test encodes for itself; those of the cache give it a folder of their own
 PHOTOS = ROOT.parent / "shared" / "coco-photos"
 
 

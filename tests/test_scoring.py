@@ -1,8 +1,11 @@
 """ClipScorer against a plain loop over PIL images, and everything that can go wrong with a model."""
 
+import contextlib
+import dataclasses
 import http.server
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +20,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from bsap_utils import ROOT, scoring
-from bsap_utils.datasets import DatasetError
-from bsap_utils.proposals import from_boxes, ground_truth
+from bsap_utils.datasets import XYWH, DatasetError
+from bsap_utils.evaluation import pick_regions
+from bsap_utils.proposals import decode_masks, from_boxes, ground_truth
 from bsap_utils.scoring import ClipScorer, ModelError, refer_logits
+from bsap_utils.visual_prompts import VISUAL_PROMPTS, show_regions
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,88 @@ def test_truncation_is_said_once_with_its_count(tiny):
         warnings.simplefilter("error")
         tiny.encode_texts(long)
         tiny.encode_texts(["star " * 14])  # 14 words and the two marks just fit
+
+
+def test_the_quick_path_agrees_with_pils(sample, scorer):
+    """Fidelity on the whole val split: features nearly the same, and the same region picked."""
+    ds = sample.select(split="val")
+    regions = from_boxes(ds, ROOT / "data/refshapes/refshapes_dets_dict.json")
+    quick, exact = (scorer.encode_regions(ds, regions, exact=exact) for exact in (False, True))
+    assert (quick * exact).sum(-1).mean(1).min() >= 0.999
+    picks = []
+    for features in (quick, exact):
+        logits = refer_logits([scorer], ds, regions, ["star"], features=[features])
+        picks.append(pick_regions(logits.query, logits.group)[logits.expression_group, logits.expression_slot])
+    assert (picks[0] == picks[1]).float().mean() >= 0.99
+
+
+def test_readers_work_ahead_in_order_but_not_without_bound():
+    begun = []
+    results = scoring.prefetch(lambda item: begun.append(item) or -item, iter(range(1000)), threads=2)
+    assert [next(results) for _ in range(3)] == [0, -1, -2]
+    time.sleep(0.2)  # as long as the threads like: they must not run on
+    assert len(begun) <= 12
+    assert list(results) == [-item for item in range(3, 1000)]
+
+
+def test_what_fails_in_a_reader_reaches_the_caller(few, tiny, tmp_path):
+    shutil.copytree(few.image_root, tmp_path / "images")
+    spoiled = tmp_path / "images" / few.images["file_name"].iloc[3]
+    spoiled.write_bytes(spoiled.read_bytes()[:500])
+    with pytest.raises(DatasetError, match=spoiled.name):
+        tiny.encode_regions(dataclasses.replace(few, image_root=tmp_path / "images"), ground_truth(few))
+
+
+def test_too_little_memory_halves_the_batch_and_loses_nothing(few, tiny, save_clip, monkeypatch):
+    small = ClipScorer(tiny.model_name, device="cpu", batch_size=64)
+    encode, sizes = small.model.encode_image, []
+
+    def limited(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 10:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(small.model, "encode_image", limited)
+    regions = ground_truth(few)
+    assert torch.allclose(small.encode_regions(few, regions), tiny.encode_regions(few, regions), atol=1e-6)
+    assert small.batch_size == 8 and sizes[:4] == [64, 32, 16, 8]
+    monkeypatch.setattr(
+        small.model, "encode_image", lambda pixels: (_ for _ in ()).throw(torch.OutOfMemoryError("none"))
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        small.encode_images([few.load_image(few.images.index[0])])
+
+
+def test_torchvisions_decoder_gives_pils_pixels(sample, tmp_path):
+    """Where there is no GPU, this is all that can be seen of the path with nvJPEG."""
+    path = sample.image_path(sample.images.index[0])
+    pixels = scoring.decode_jpeg(path, "cpu")
+    assert (pixels.permute(1, 2, 0).numpy() == np.asarray(sample.load_image(sample.images.index[0]))).all()
+    (tmp_path / "half.jpg").write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(RuntimeError):
+        scoring.decode_jpeg(tmp_path / "half.jpg", "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nothing_waits_for_it_once_an_image_and_features_agree(sample, scorer):
+    ds = sample.select(split="val", limit=20)
+    regions, prompts = ground_truth(ds), tuple(name for name in VISUAL_PROMPTS if name != "global_local")
+    masks = scoring._segmentations(ds, regions, prompts)
+    image = scoring.read_image(ds, ds.images.index[0], "cuda")
+    rows = regions.index[regions["image_id"] == ds.images.index[0]]
+    boxes = torch.tensor(regions.loc[rows, XYWH].to_numpy(np.float32))
+    of_image = torch.from_numpy(decode_masks(masks[rows], *image.shape[1:])).cuda()
+    show_regions(image, boxes, prompts, 64, of_image)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        show_regions(image, boxes, prompts, 64, of_image)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    on_cpu = scorer.encode_regions(ds, regions, prompts)
+    for precision in ("fp32", "bf16"):
+        on_gpu = ClipScorer(scorer.model_name, device="cuda", precision=precision).encode_regions(ds, regions, prompts)
+        assert (on_cpu * on_gpu).sum(-1).mean(1).min() >= 0.999
 
 
 def test_weights_hash_follows_the_weights(tiny, save_clip):
@@ -265,7 +352,7 @@ def test_masks_are_decoded_for_prompts_that_show_them_and_one_image_at_a_time(fe
     deep.encode_regions(few, regions, ("crop", "circle_blur"))
     assert not decoded
     deep.encode_regions(few, regions, ("mask_blur", "mask_crop", "global_local"))
-    assert decoded == regions.groupby("image_id", sort=False).size().tolist()
+    assert sorted(decoded) == sorted(regions.groupby("image_id").size())
 
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
@@ -434,12 +521,21 @@ def run(arguments, cache, endpoint):
 
 
 @pytest.mark.parametrize("arguments", [["ViT-B-32", "openai"], ["hf-hub:someone/some-clip"]])
-def test_no_network_fails_within_seconds_and_says_what_to_download(arguments, tmp_path):
-    start = time.monotonic()
-    done = run(arguments, tmp_path, "http://127.0.0.1:9")
-    assert done.returncode != 0 and time.monotonic() - start < 25, (
-        "importing takes some seconds, waiting for the hub must not"
-    )
+def test_no_hub_fails_after_one_try_and_says_what_to_download(arguments, tmp_path):
+    """The hub's own client goes on trying for half a minute; ours asks once. Here a port counts who knocks."""
+    knocks = []
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def hang_up():
+            with contextlib.suppress(OSError):
+                while True:
+                    knocks.append(door.accept()[0])
+                    knocks[-1].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        done = run(arguments, tmp_path, f"http://127.0.0.1:{door.getsockname()[1]}")
+        door.shutdown(socket.SHUT_RDWR)
+    assert done.returncode != 0 and len(knocks) == 1
     message = done.stderr.strip().splitlines()[-1]
     assert "cannot be reached" in message and "download open_clip" in message
     assert str(tmp_path) in message and "local-dir:data/clip-refshapes" in message
@@ -488,10 +584,8 @@ def test_a_model_from_a_hub_and_then_from_its_cache_without_one(hub, tmp_path):
     first = run(["hf-hub:local/tiny"], tmp_path, address)
     assert "torch.Size([1, 16])" in first.stdout, first.stderr
     assert any(path.endswith("open_clip_model.safetensors") for path in requests)
-    start = time.monotonic()
     second = run(["hf-hub:local/tiny"], tmp_path, "http://127.0.0.1:9")
     assert "torch.Size([1, 16])" in second.stdout, second.stderr
-    assert time.monotonic() - start < 25
 
 
 def test_a_repository_without_weights_is_an_error(hub, tmp_path):

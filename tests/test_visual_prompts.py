@@ -84,6 +84,46 @@ def test_squash_is_pils_antialiased_bicubic(scene):
     assert np.abs(ours - expected).max() <= 1
 
 
+VIEWS = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(VIEWS, st.integers(1, 48), st.integers(0, 9))
+def test_all_views_together_are_squashed_as_pil_squashes_each(shapes, size, seed):
+    generator = np.random.default_rng(
+        seed
+    )  # neither black nor white: where a pass must clip, PIL's order of passes matters
+    views = [to_tensor(generator.integers(80, 176, (*shape, 3), dtype=np.uint8)) for shape in shapes]
+    together = vp.squash_together(views, (size, 2 * size)).int()
+    each = torch.stack([vp.squash(view, (size, 2 * size), exact=True) for view in views]).int()
+    assert (together - each).abs().max() <= 2
+    alike = torch.stack([views[0], views[0].flip(2)])
+    assert (vp.squash_together(alike, size) == vp.squash_together(list(alike), size)).all()
+
+
+def test_on_a_photograph_both_ways_to_squash_differ_by_rounding(scene):
+    views = vp.crop(to_tensor(scene), torch.tensor(BOXES).float())
+    together, each = vp.squash_together(views, 64).int(), torch.stack([vp.squash(view, 64) for view in views]).int()
+    assert (together - each).abs().max() <= 1 and (together - each).float().abs().mean() < 0.01
+
+
+def test_as_many_regions_as_one_likes(scene, monkeypatch):
+    boxes = torch.tensor(BOXES).float()
+    masks = vp.box_masks(boxes, to_tensor(scene))
+    whole = vp.show_regions(to_tensor(scene), boxes, ("crop", "mask_blur"), 32, masks)
+    monkeypatch.setattr(vp, "AT_ONCE", 3 * 240 * 320 * 2)
+    assert (vp.show_regions(to_tensor(scene), boxes, ("crop", "mask_blur"), 32, masks) == whole).all()
+
+
+def test_exact_views_are_pils(scene):
+    x, y, w, h = BOXES[0]
+    shown = vp.show_regions(to_tensor(scene), torch.tensor(BOXES[:1]).float(), ("crop", "blur"), 48, exact=True)[:, 0]
+    mask = drawn("rectangle", BOXES[0], scene.size)
+    by_pil = scene.crop((x, y, x + w, y + h)), Image.composite(scene, scene.filter(ImageFilter.GaussianBlur(100)), mask)
+    for view, picture in zip(shown, by_pil, strict=True):
+        assert (to_array(view) == np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC))).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.tuples(*[st.floats(-1e6, 1e6, allow_nan=False, width=32)] * 4), st.integers(1, 40), st.integers(1, 40))
 def test_any_box_shows_at_least_one_pixel(box, height, width):
