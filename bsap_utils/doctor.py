@@ -153,11 +153,13 @@ def as_list(value: Any) -> list[str]:
 def report(say: Callable[[str], Any]) -> bool:
     """Hand the report to `say`, some lines at a time; return whether the sample can be run."""
     installed = {d.name.lower(): d.version for d in metadata.distributions()}
-    kept = sum(file.stat().st_size for file in cache.folder().rglob("*") if file.is_file())
+    kept, place = cache.usage(), cache.folder()
     say(f"bsap {__version__} in {cli.ROOT}, Python {platform.python_version()} on {platform.system()}")
     say("packages  " + ", ".join(f"{name} {installed.get(name, 'not installed')}" for name in PACKAGES))
     say(f"device    {device()}")
-    say(f"cache     {_bytes(kept)} of features in {cli.shown(cache.folder())}")
+    say(
+        f"cache     {f'{kept[0]:,} files, {_bytes(kept[1])}, in {cli.shown(place)}' if place else 'none (BSAP_CACHE is empty)'}"
+    )
     say(f"disk      {_bytes(shutil.disk_usage(cli.ROOT).free)} free\nweights")
 
     wanted: dict[str, tuple[set[Weights], set[Data]]] = {}  # by each run

@@ -78,7 +78,7 @@ def test_a_fresh_clone_can_run_the_sample_and_says_what_refcoco_lacks(clone):
         "  ✓ local-dir:data/clip-refshapes\n" in text and "  ✓ refshapes test,val\n" in text and "  ✓ sample\n" in text
     )
     assert f"torch {torch.__version__.split('+')[0]}" in text and f"pandas {metadata.version('pandas')}" in text
-    assert "cache     1.23kB of features in data/cache\n" in text
+    assert "cache     1 files, 1.23kB, in data/cache\n" in text
     assert f"ViT-B-32 openai: not in {clone.parent}/hub\n" in text
     assert "cannot be reached: on a machine with a network download" in text and "timm/resnet50x16_clip.openai" in text
     assert "refcoco testA,val: there is no folder data/refcoco\n      bsap data get refcoco --split testA,val\n" in text
@@ -151,6 +151,11 @@ def test_a_damaged_params_file_of_another_run_leaves_the_sample_runnable(clone, 
     (clone / "notebooks/params/reclip.yaml").write_text(text)
     runnable, shown = examine()
     assert runnable and said in shown.split("runs\n")[1] and "✗ reclip: " in shown and "✓ sample" in shown
+
+
+def test_no_cache_is_said(clone, monkeypatch):
+    monkeypatch.setenv("BSAP_CACHE", "")
+    assert "cache     none (BSAP_CACHE is empty)\n" in examine()[1]
 
 
 def test_exit_codes(clone):
