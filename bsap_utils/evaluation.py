@@ -63,9 +63,7 @@ def rec_correct(
     if picked.ndim != 1 or referred.shape != (len(picked), 4):
         raise ValueError(f"picked {picked.shape} and referred {referred.shape} do not fit: [E] and [E, 4] are needed.")
     if len(picked) and not -1 <= picked.min() <= picked.max() < len(boxes):
-        raise ValueError(
-            f"picked holds {picked.min()} … {picked.max()}: rows of {len(boxes)} boxes, or -1, are needed."
-        )
+        raise ValueError(f"picked holds {picked.min()} … {picked.max()}: -1 or rows of {len(boxes)} boxes are needed.")
     iou = np.zeros(len(picked))
     some = picked >= 0
     iou[some] = box_iou(boxes[picked[some]], referred[some])
@@ -116,9 +114,9 @@ def cluster_bootstrap(
         low, high = np.full((2, *values.shape[1:]), np.nan)
         return low, high
     # a resample's sums are those of its clusters, so rows are added up once and clusters counted after that
-    clusters, columns = len(names), values[:, None] if values.ndim == 1 else values
-    numerators, denominators = (_sum_by(codes, clusters, x) for x in (columns, weights.reshape(len(columns), -1)))
-    ratios = np.empty((resamples, columns.shape[1]))
+    clusters, tables = len(names), [x.reshape(len(x), -1) for x in (values, weights)]
+    numerators, denominators = (pd.DataFrame(x).groupby(codes).sum().to_numpy() for x in tables)
+    ratios = np.empty((resamples, numerators.shape[1]))
     generator = np.random.default_rng(seed)
     block = max(2**20 // clusters, 1)  # resamples at a time: about 30 MB
     for start in range(0, resamples, block):
@@ -133,12 +131,6 @@ def cluster_bootstrap(
         ratios -= ratios[:, [reference]]
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2], axis=0).reshape(2, *values.shape[1:])
     return low, high
-
-
-def _sum_by(codes: np.ndarray, groups: int, values: np.ndarray) -> np.ndarray:
-    sums = np.zeros((groups, values.shape[1]))
-    np.add.at(sums, codes, values)
-    return sums
 
 
 def mcnemar_p(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
@@ -161,26 +153,27 @@ def mcnemar_p(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
+SETTING = ("dataset", "split", "proposals", "model", "pretrained", "visual_prompts", "aux_bank")  # of a table's rows
+
+
+def _setting(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first columns of a table; several visual prompts are joined by +."""
+    if wrong := set(SETTING) ^ set(given):
+        raise TypeError(f"A table's setting is {', '.join(SETTING)}; missing or unknown: {', '.join(sorted(wrong))}.")
+    shown = given["visual_prompts"] if isinstance(given["visual_prompts"], str) else "+".join(given["visual_prompts"])
+    return {name: given[name] for name in SETTING} | {"visual_prompts": shown}
+
+
 def rec_table(
-    predictions: pd.DataFrame,
-    *,
-    dataset: str,
-    split: str,
-    proposals: str,
-    model: str,
-    pretrained: str | None,
-    visual_prompts: str | Sequence[str],
-    aux_bank: str,
-    resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
+    predictions: pd.DataFrame, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0, **setting: Any
 ) -> pd.DataFrame:
     """Return `table_rec.csv` from predictions, one row a method in the order of their first appearance.
 
     `predictions` has a row per expression and method: sent_id, image_id, method, correct (others are ignored). Columns:
     the setting, method, n, accuracy, ci_low, ci_high, delta_vs_clip, p_value (McNemar, four digits), delta_ci_low,
     delta_ci_high; percentages and percentage points with two decimals. The delta and p-value are NaN without "clip".
-    Raises ValueError when a method lacks an expression that another has, or has one twice.
+    `setting` is what all of SETTING was, else TypeError. Raises ValueError when a method lacks an expression that
+    another has, or has one twice.
 
     >>> frame = pd.DataFrame({"sent_id": [1, 2, 3] * 2, "image_id": [1, 1, 2] * 2})
     >>> frame = frame.assign(method=["clip"] * 3 + ["bsap"] * 3, correct=[True, False, False, True, True, False])
@@ -202,25 +195,10 @@ def rec_table(
         delta_low, delta_high = cluster_bootstrap(delta, images, None, resamples, level, seed)
         p_value = [float(f"{mcnemar_p(correct[method].to_numpy(), clip):.4g}") for method in correct]
 
-    table = {
-        "dataset": dataset,
-        "split": split,
-        "proposals": proposals,
-        "model": model,
-        "pretrained": pretrained,
-        "visual_prompts": visual_prompts if isinstance(visual_prompts, str) else "+".join(visual_prompts),
-        "aux_bank": aux_bank,
-        "method": list(correct),
-        "n": len(hits),
-        "accuracy": percent(hits.mean(0)),
-        "ci_low": percent(low),
-        "ci_high": percent(high),
-        "delta_vs_clip": percent(delta.mean(0)),
-        "p_value": p_value,
-        "delta_ci_low": percent(delta_low),
-        "delta_ci_high": percent(delta_high),
-    }
-    return pd.DataFrame(table)
+    intervals = {"ci_low": percent(low), "ci_high": percent(high), "delta_vs_clip": percent(delta.mean(0))}
+    deltas = {"p_value": p_value, "delta_ci_low": percent(delta_low), "delta_ci_high": percent(delta_high)}
+    counted = {"method": list(correct), "n": len(hits), "accuracy": percent(hits.mean(0))}
+    return pd.DataFrame(_setting(setting) | counted | intervals | deltas)
 
 
 def percent(fractions: np.ndarray) -> np.ndarray:
@@ -288,8 +266,6 @@ def rec_predictions(
 
 
 RIS_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-
-
 ORACLE = "oracle"
 
 
@@ -302,9 +278,7 @@ def mask_overlaps(ds: ReferDataset, regions: pd.DataFrame) -> pd.DataFrame:
     for masks that are damaged or of another size than their image.
     """
     if "segmentation" not in regions:
-        raise DatasetError(
-            "The candidates are boxes, but segmentation needs masks: pass ground_truth's or from_masks'."
-        )
+        raise DatasetError("The candidates are boxes, but segmentation needs masks: use ground_truth or from_masks.")
     size = ds.images.loc[regions["image_id"], ["width", "height"]].to_numpy()
     boxes = regions["segmentation"].isna().to_numpy() & (regions[["w", "h"]].to_numpy() < size).any(1)
     if boxes.any():
@@ -325,9 +299,7 @@ def mask_overlaps(ds: ReferDataset, regions: pd.DataFrame) -> pd.DataFrame:
         counted = [shared.ravel(), (both - shared).ravel(), iou.ravel()]
         parts.append([np.tile(truth.index, len(rows)), np.repeat(rows, len(truth)), *counted])
     names = ["ann_id", "region", "intersection", "union", "iou"]
-    return pd.DataFrame(
-        {name: np.concatenate(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
-    )
+    return pd.DataFrame(dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True)))
 
 
 def ris_predictions(
@@ -351,27 +323,15 @@ def ris_predictions(
     oracle = picks[picks["method"] == methods[0]].drop(columns="region").assign(method=ORACLE, score=np.nan)
     oracle = oracle.merge(best[["ann_id", "region"]], on="ann_id", how="left")[columns]
     # a region can be meant by several expressions, but a pair stands in `overlaps` once
-    picks = pd.concat([picks, oracle], ignore_index=True).merge(
-        overlaps, on=["ann_id", "region"], how="left", validate="m:1"
-    )
+    picks = pd.concat([picks, oracle], ignore_index=True)
+    picks = picks.merge(overlaps, on=["ann_id", "region"], how="left", validate="m:1")
     if picks["iou"].isna().any():
         raise DatasetError(f"{picks['iou'].isna().sum()} picks are of no candidate of their image.")
     return picks.astype({"intersection": np.int64, "union": np.int64}).assign(correct=picks["iou"] >= RIS_THRESHOLDS[0])
 
 
 def ris_table(
-    predictions: pd.DataFrame,
-    *,
-    dataset: str,
-    split: str,
-    proposals: str,
-    model: str,
-    pretrained: str | None,
-    visual_prompts: str | Sequence[str],
-    aux_bank: str,
-    resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
+    predictions: pd.DataFrame, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0, **setting: Any
 ) -> pd.DataFrame:
     """Return `table_ris.csv` from `ris_predictions`, one row a method in the order of their first appearance.
 
@@ -379,7 +339,7 @@ def ris_table(
     … p90 (share of expressions with IoU ≥ 0.5 … 0.9), each with _low and _high; then delta_oiou_vs_clip and
     delta_miou_vs_clip in percentage points, each with its interval (delta_oiou_low …); NaN without "clip". Intervals
     resample images. Large objects weigh more in oIoU; the measures are those of LAVT (Yang et al., CVPR 2022). Raises
-    ValueError as `rec_table`.
+    ValueError and TypeError as `rec_table`.
 
     >>> frame = pd.DataFrame({"sent_id": [1, 2] * 2, "image_id": [1, 2] * 2, "method": ["clip"] * 2 + ["oracle"] * 2})
     >>> frame = frame.assign(intersection=[0, 30, 8, 30], union=[20, 40, 12, 40], iou=[0, 0.75, 2 / 3, 0.75], correct=True)
@@ -391,12 +351,9 @@ def ris_table(
     1  oracle  2  73.08  70.83  100.0               23.08               33.33
     """
     correct, images = _by_method(predictions)
-    wide = predictions.pivot(index="sent_id", columns="method", values=["intersection", "union", "iou"]).loc[
-        correct.index
-    ]
-    intersection, union, iou = (
-        wide[name][correct.columns].to_numpy(np.float64) for name in ("intersection", "union", "iou")
-    )
+    names = ["intersection", "union", "iou"]
+    wide = predictions.pivot(index="sent_id", columns="method", values=names).loc[correct.index]
+    intersection, union, iou = (wide[name][correct.columns].to_numpy(np.float64) for name in names)
     if not np.isfinite([intersection, union, iou]).all():
         raise ValueError("The predictions have missing entries in intersection, union or iou.")
     union = np.maximum(union, 1e-9)  # lets a resample of nothing but empty masks have oIoU 0
@@ -404,11 +361,7 @@ def ris_table(
     measures |= {f"p{round(100 * t)}": ((iou >= t).astype(np.float64), None) for t in RIS_THRESHOLDS}
     clip = correct.columns.get_loc("clip") if "clip" in correct else None
 
-    shown = visual_prompts if isinstance(visual_prompts, str) else "+".join(visual_prompts)
-    columns: dict[str, Any] = {
-        "dataset": dataset, "split": split, "proposals": proposals, "model": model, "pretrained": pretrained,
-        "visual_prompts": shown, "aux_bank": aux_bank, "method": list(correct), "n": len(correct),
-    }  # fmt: skip
+    columns = _setting(setting) | {"method": list(correct), "n": len(correct)}
     deltas: dict[str, np.ndarray] = {}
     for name, (above, below) in measures.items():
         value = above.sum(0) / (len(above) if below is None else below.sum(0))
@@ -462,20 +415,14 @@ def ris_scenes(
             scene = {"image_id": expression["image_id"], "text": expression["text"], "outcome": outcome}
             scene["truth"] = ds.regions.at[expression["ann_id"], "segmentation"]
             for name in ("clip", method):
-                scene |= {
-                    name: regions["segmentation"].iat[int(row["region", name])],
-                    f"{name}_iou": float(row["iou", name]),
-                }
+                mask = regions["segmentation"].iat[int(row["region", name])]
+                scene |= {name: mask, f"{name}_iou": float(row["iou", name])}
             rows.append(scene)
     return pd.DataFrame(rows)
 
 
-_RELATION = (
-    r"\b(?:above|below|under|underneath|beneath|behind|beside|near|nearest|closest|next to|in front of|on top of|between|"
-    r"(?:left|right) (?:side )?of)\b"
-)
-
-
+_RELATION = (r"\b(?:above|below|under|underneath|beneath|behind|beside|near|nearest|closest|next to|in front of|on top of|"
+             r"between|(?:left|right) (?:side )?of)\b")  # fmt: skip
 _PLACE = r"\b(?:left|right|top|bottom|middle|center|centre|upper|lower|front|back|corner|far|first|second|third|last)\b"
 
 
@@ -492,11 +439,10 @@ def expression_kind(texts: pd.Series) -> pd.Series:
 def _thirds(values: pd.Series, label: Callable[[pd.Series], str] | None = None) -> pd.Series:
     """Cut values into thirds, as far as ties allow, labelled by their range or as small, medium, large."""
     codes = pd.qcut(values.rank(method="average"), 3, labels=False, duplicates="drop").fillna(0).astype(int)
-    codes = codes.map({code: rank for rank, code in enumerate(sorted(codes.unique()))})
-    names = {
-        code: label(values[codes == code]) if label else ("small", "medium", "large")[code] for code in codes.unique()
-    }
-    return codes.map(names).astype(pd.CategoricalDtype([names[code] for code in sorted(names)]))
+    codes = codes.rank(method="dense").astype(int) - 1
+    sizes = ("small", "medium", "large")
+    names = [label(values[codes == code]) if label else sizes[code] for code in sorted(codes.unique())]
+    return pd.Series(pd.Categorical.from_codes(codes, names), values.index)
 
 
 def rec_slices(
@@ -510,10 +456,9 @@ def rec_slices(
     expressions = ds.expressions
     area = ds.regions[["w", "h"]].prod(axis=1).loc[expressions["ann_id"]].to_numpy()
     candidates = expressions["image_id"].map(regions.groupby("image_id").size())
+    kinds = pd.CategoricalDtype(["attributes", "place", "relation"])
     aspects = {
-        "kind of expression": expression_kind(expressions["text"]).astype(
-            pd.CategoricalDtype(["attributes", "place", "relation"])
-        ),
+        "kind of expression": expression_kind(expressions["text"]).astype(kinds),
         "candidates in the image": _thirds(candidates, lambda part: f"{part.min()}–{part.max()}"),
         "size of the region": _thirds(pd.Series(area, expressions.index)),
     }
@@ -521,14 +466,12 @@ def rec_slices(
     for aspect, slices in aspects.items():
         for name in slices.cat.categories:
             for method in methods:
-                part = predictions[
-                    (predictions["method"] == method) & predictions["sent_id"].isin(slices.index[slices == name])
-                ]
+                inside = predictions["sent_id"].isin(slices.index[slices == name])
+                part = predictions[inside & (predictions["method"] == method)]
                 if len(part):
                     hits = part["correct"].to_numpy(float)
-                    low, high = cluster_bootstrap(hits, part["image_id"].to_numpy(), seed=seed)
-                    percent = [round(100 * float(v), 2) for v in (hits.mean(), low, high)]
-                    rows.append([aspect, name, method, len(part), *percent])
+                    bounds = cluster_bootstrap(hits, part["image_id"].to_numpy(), seed=seed)
+                    rows.append([aspect, name, method, len(part), *percent(np.array([hits.mean(), *bounds]))])
     return pd.DataFrame(rows, columns=["aspect", "slice", "method", "n", "accuracy", "ci_low", "ci_high"])
 
 
