@@ -6,6 +6,7 @@ temperature and weight; ablations with paired intervals.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -107,9 +108,8 @@ def named_prompts(texts: pd.Series, prompts: Sequence[str]) -> np.ndarray:
     >>> named_prompts(pd.Series(["small red key", "keyhole"]), ["key", "star"]).tolist()
     [[True, False], [False, False]]
     """
-    return np.stack(
-        [texts.str.contains(rf"\b{re.escape(prompt)}\b", case=False).to_numpy(bool) for prompt in prompts], 1
-    )
+    patterns = [rf"\b{re.escape(prompt)}\b" for prompt in prompts]
+    return np.stack([texts.str.contains(pattern, case=False).to_numpy(bool) for pattern in patterns], 1)
 
 
 def unnamed_hits(logits: ReferLogits, right: Tensor, named: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -121,9 +121,7 @@ def unnamed_hits(logits: ReferLogits, right: Tensor, named: np.ndarray, temperat
     hidden[logits.expression_group, logits.expression_slot] = torch.from_numpy(named)
     hidden &= ~hidden.all(2, keepdim=True)
     scores = logits.query.clone()
-    for slot in range(
-        scores.shape[1]
-    ):  # how many are left out is the same for all regions of an image: no log M needed
+    for slot in range(scores.shape[1]):  # as many are left out for all regions of an image: no log M is needed
         kept = logits.aux.masked_fill(hidden[logits.group, slot], -torch.inf)
         scores[:, slot] -= temperature * (kept / temperature).logsumexp(1)
     return hits(scores, right, logits)
@@ -202,15 +200,9 @@ def ablation_table(
     bounds = cluster_bootstrap(parts.reshape(len(parts), -1), images, seed=seed)
     shown = [np.round(100 * part.reshape(4, -1), 2) + 0.0 for part in (parts.mean(0), *bounds)]
     table = pd.DataFrame({"level": [str(level) for level in levels], "n": len(correct)})
-    names = {
-        "clip_accuracy": "clip_ci",
-        "accuracy": "ci",
-        "delta_vs_clip": "delta_ci",
-        "delta_vs_default": "default_ci",
-    }
+    names = dict(clip_accuracy="clip_ci", accuracy="ci", delta_vs_clip="delta_ci", delta_vs_default="default_ci")
     for row, (name, interval) in enumerate(names.items()):
-        for column, values in zip((name, f"{interval}_low", f"{interval}_high"), shown, strict=True):
-            table[column] = values[row]
+        table[[name, f"{interval}_low", f"{interval}_high"]] = np.stack([values[row] for values in shown], 1)
     columns = zip(correct.T, clip.T, strict=True)
     p = [mcnemar_p(a, b) if np.isin([a, b], [0, 1]).all() else np.nan for a, b in columns]
     return table.assign(p_value=[float(f"{one:.4g}") for one in p], p_holm=[float(f"{one:.4g}") for one in holm(p)])
@@ -237,17 +229,11 @@ def range_statistics(logits: Tensor) -> pd.DataFrame:
     0   2.0  1.00      1.0      3.0
     1   6.0  1.41      5.0      8.0
     """
-    asked = ~logits.isnan()
-    count = asked.sum(1)
-    if logits.ndim != 2 or not len(logits) or not count.all():
-        raise ValueError(
-            f"logits {list(logits.shape)}: a matrix [regions, texts] is needed, with a text for every region."
-        )
-    mean = logits.nansum(1, dtype=torch.float64) / count
-    variance = (logits - mean[:, None]).square().nansum(1) / count
-    low, high = logits.where(asked, torch.inf).amin(1), logits.where(asked, -torch.inf).amax(1)
-    columns = {"mean": mean, "std": variance.sqrt(), "minimum": low, "maximum": high}
-    return pd.DataFrame({name: values.double().cpu().numpy() for name, values in columns.items()})
+    if logits.ndim != 2 or not len(logits) or logits.isnan().all(1).any():
+        raise ValueError(f"logits {list(logits.shape)}: [regions, texts] are needed, with a text for every region.")
+    frame = pd.DataFrame(logits.double().cpu().numpy())
+    measures = {"mean": frame.mean(axis=1), "std": frame.std(axis=1, ddof=0)}
+    return pd.DataFrame(measures | {"minimum": frame.min(axis=1), "maximum": frame.max(axis=1)})
 
 
 def sums_of_squares(scores: Tensor, group: Tensor | None = None) -> pd.DataFrame:
@@ -268,9 +254,7 @@ def sums_of_squares(scores: Tensor, group: Tensor | None = None) -> pd.DataFrame
     1     4.5   2.0          0.5
     """
     if scores.ndim != 2 or not scores.numel() or not scores.isfinite().all():
-        raise ValueError(
-            f"scores {list(scores.shape)}: a full matrix [regions, texts] without NaN or infinity is needed."
-        )
+        raise ValueError(f"scores {list(scores.shape)}: a full matrix [regions, texts] is needed, no NaN or infinity.")
     scores = scores.double()
     group = scores.new_zeros(len(scores), dtype=torch.long) if group is None else group.long()
     count = torch.bincount(group)[:, None]
@@ -278,11 +262,8 @@ def sums_of_squares(scores: Tensor, group: Tensor | None = None) -> pd.DataFrame
     grand = scores.mean()
     region = scores.mean(1) - text.mean(1)[group]
     interaction = (scores - text[group] - region[:, None]).square().sum(1)
-    return pd.DataFrame({
-        "region": (scores.shape[1] * region.square()).cpu().numpy(),
-        "text": (text - grand).square().sum(1)[group].cpu().numpy(),
-        "interaction": interaction.cpu().numpy(),
-    })  # fmt: skip
+    squares = {"region": scores.shape[1] * region.square(), "text": (text - grand).square().sum(1)[group]}
+    return pd.DataFrame({name: part.cpu().numpy() for name, part in (squares | {"interaction": interaction}).items()})
 
 
 def k_occurrence(scores: Tensor, k: int = 1, group: Tensor | None = None, block: int = 2**23) -> Tensor:
@@ -296,9 +277,7 @@ def k_occurrence(scores: Tensor, k: int = 1, group: Tensor | None = None, block:
     tensor([2, 1, 0])
     """
     if scores.ndim != 2 or k < 1 or (group is not None and group.shape != scores.shape[:1]):
-        raise ValueError(
-            f"scores {list(scores.shape)}, k {k}: [regions, texts], k ≥ 1, and one image a region are needed."
-        )
+        raise ValueError(f"scores {list(scores.shape)}, k {k}: [regions, texts], k ≥ 1, one image a region are needed.")
     rows, times = len(scores), torch.zeros(len(scores), dtype=torch.long, device=scores.device)
     place = torch.arange(rows, device=scores.device)
     if group is not None:  # after sorting by group, the place of a row in its own group is the same in every column
@@ -368,10 +347,8 @@ def hubness_table(
     values = counts.to_numpy(dtype=np.float64)
     if not len(values) or len(cluster) != len(values) or not (values >= 0).all():
         raise ValueError(f"counts {values.shape} must be ≥ 0, with one image a row ({len(cluster)} were given).")
-    drawn = [
-        np.stack([_hubness(column, weights) for column in values.T], 1)
-        for weights in _resampled_weights(cluster, resamples, seed)
-    ]
+    draws = _resampled_weights(cluster, resamples, seed)
+    drawn = [np.stack([_hubness(column, weights) for column in values.T], 1) for weights in draws]
     statistics = np.concatenate(drawn)  # [1 + resamples, methods, measures]
     rows = []
     clip = statistics[:, list(counts).index("clip")] if "clip" in counts else np.full_like(statistics[:, 0], np.nan)
@@ -403,14 +380,8 @@ def _spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return np.where((xx > floor) & (yy > floor), xy / np.sqrt(xx * yy), np.nan)
 
 
-def spearman_table(
-    outcome: np.ndarray,
-    traits: pd.DataFrame,
-    cluster: np.ndarray,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> pd.DataFrame:
+def spearman_table(outcome: np.ndarray, traits: pd.DataFrame, cluster: np.ndarray, resamples: int = 1000,
+                   level: float = 0.95, seed: int = 0) -> pd.DataFrame:  # fmt: skip
     """Return Spearman's rank correlation of `outcome` [R] with each column of `traits`, resampling images (`cluster` [R]).
 
     Columns trait, n, spearman, ci_low, ci_high. Rows where a trait is NaN are left out of its correlation (n counts the
@@ -425,20 +396,15 @@ def spearman_table(
     """
     outcome, cluster = np.asarray(outcome, dtype=np.float64), np.asarray(cluster)
     if not (outcome.shape == cluster.shape == (len(traits),)) or np.isnan(outcome).any():
-        raise ValueError(
-            f"outcome {outcome.shape}, cluster {cluster.shape} and traits {traits.shape} do not fit, or have NaN."
-        )
+        shapes = f"outcome {outcome.shape}, cluster {cluster.shape} and traits {traits.shape}"
+        raise ValueError(f"{shapes} do not fit, or have NaN.")
     rows = []
     for name in traits:
         trait = traits[name].to_numpy(dtype=np.float64)
         known = ~np.isnan(trait)
-        drawn = [np.array([np.nan])]
-        if known.any():
-            drawn = [
-                _spearman(outcome[known], trait[known], w) for w in _resampled_weights(cluster[known], resamples, seed)
-            ]
-        values = np.concatenate(drawn)
-        rows.append([name, int(known.sum()), *_interval(values, level)])
+        draws = _resampled_weights(cluster[known], resamples, seed) if known.any() else ()
+        drawn = [_spearman(outcome[known], trait[known], weights) for weights in draws] or [np.array([np.nan])]
+        rows.append([name, int(known.sum()), *_interval(np.concatenate(drawn), level)])
     return pd.DataFrame(rows, columns=["trait", "n", "spearman", "ci_low", "ci_high"])
 
 
@@ -483,7 +449,7 @@ def prefers_query(
     rows = torch.as_tensor(np.array(rows)).long()
     if rows.shape != logits.expression_group.shape:
         raise ValueError(
-            f"rows {list(rows.shape)}: one region for each of {len(logits.expression_group)} expressions is needed."
+            f"rows {list(rows.shape)}: one region for each of {len(logits.expression_group)} expressions."
         )
     some = rows >= 0
     if (logits.group[rows[some]] != logits.expression_group[some]).any():
@@ -526,10 +492,9 @@ def classifier_retriever_tables(answers: pd.DataFrame, seed: int = 0) -> tuple[p
     reachable, wrong = answers[answers["reachable"]], answers[~answers["clip"]]
     for criterion in ("every", "half"):
         right = reachable[f"right_{criterion}"]
-        for classifier in (True, False):
-            for retriever in (True, False):
-                member = (right == classifier) & (reachable["clip"] == retriever)
-                cells.append([criterion, classifier, retriever, *_share(member, reachable["image_id"], seed)])
+        for classifier, retriever in itertools.product((True, False), repeat=2):
+            member = (right == classifier) & (reachable["clip"] == retriever)
+            cells.append([criterion, classifier, retriever, *_share(member, reachable["image_id"], seed)])
         right, picked = wrong[f"right_{criterion}"], wrong[f"picked_{criterion}"]
         members = (right & ~picked, right & picked, wrong["reachable"] & ~right, ~wrong["reachable"])
         for name, member in zip(_CLIP_ERRORS, members, strict=True):
@@ -581,14 +546,10 @@ def region_traits(ds: ReferDataset, regions: pd.DataFrame, train: ReferDataset |
 
 
 def _contrast(ds: ReferDataset, regions: pd.DataFrame) -> np.ndarray:
-    """Return the standard deviation of grey values (0..1) inside each box, from sums over the whole image: [R]."""
+    """Return the standard deviation of grey values (0..1) inside each box: [R]."""
     contrast = np.empty(len(regions))
     for image_id, rows in regions.groupby("image_id", sort=False).indices.items():
         grey = np.asarray(ds.load_image(image_id).convert("L"), dtype=np.float64) / 255
-        edges = pixel_edges(torch.tensor(regions[XYWH].to_numpy(np.float32)[rows]), *grey.shape)
-        left, top, right, bottom = edges.numpy().T
-        sums = np.pad(np.stack([grey, grey**2]).cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
-        inside = sums[:, bottom, right] - sums[:, top, right] - sums[:, bottom, left] + sums[:, top, left]
-        mean, square = inside / ((right - left) * (bottom - top))
-        contrast[rows] = np.sqrt(np.clip(square - mean**2, 0, None))
+        edges = pixel_edges(torch.tensor(regions[XYWH].to_numpy(np.float32)[rows]), *grey.shape).tolist()
+        contrast[rows] = [grey[top:bottom, left:right].std() for left, top, right, bottom in edges]
     return contrast
