@@ -448,9 +448,7 @@ def prefers_query(
     """
     rows = torch.as_tensor(np.array(rows)).long()
     if rows.shape != logits.expression_group.shape:
-        raise ValueError(
-            f"rows {list(rows.shape)}: one region for each of {len(logits.expression_group)} expressions."
-        )
+        raise ValueError(f"rows {list(rows.shape)}: one region for each of {len(logits.expression_group)} expressions.")
     some = rows >= 0
     if (logits.group[rows[some]] != logits.expression_group[some]).any():
         raise ValueError("rows holds regions of other images than those of the expressions.")
