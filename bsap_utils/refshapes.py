@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 WIDTH, HEIGHT = 320, 240
 SIZES = {"tiny": 36, "small": 50, "medium": 68, "large": 94}  # longest side before jitter, pixels
+EXPRESSIONS = 6  # of an image
 UNSAID = ("plain", "medium")
 PATTERNS = ("plain", "striped", "dotted")
 COLOURS = {
@@ -48,9 +49,9 @@ SURFACES = {
 }  # fmt: skip
 
 
-def _circle_of(count: int, radius: float, centre: float = 0.5, start: float = -np.pi / 2) -> np.ndarray:
+def _circle_of(count: int, radius: float, start: float = -np.pi / 2) -> np.ndarray:
     angle = start + np.arange(count) * 2 * np.pi / count
-    return np.stack([centre + radius * np.cos(angle), centre + radius * np.sin(angle)], 1)
+    return np.stack([0.5 + radius * np.cos(angle), 0.5 + radius * np.sin(angle)], 1)
 
 
 def _star() -> list[float]:
@@ -68,14 +69,8 @@ def _heart() -> list[float]:
 def _leaf() -> list[float]:
     t = np.linspace(0, 1, 30)
     bulge = 0.36 * np.sin(np.pi * t**0.8)
-    edge = np.concatenate(
-        [np.stack([t - bulge * 0.7, 1 - t - bulge * 0.7], 1), np.stack([t + bulge * 0.7, 1 - t + bulge * 0.7], 1)[::-1]]
-    )
-    return np.clip(edge, 0.01, 0.99).ravel().tolist()
-
-
-def _petals() -> list[tuple[str, str, list[float]]]:
-    return [("add", "ellipse", [x - 0.2, y - 0.2, x + 0.2, y + 0.2]) for x, y in _circle_of(6, 0.29)]
+    one, other = (np.stack([t + side * bulge, 1 - t + side * bulge], 1) for side in (-0.7, 0.7))
+    return np.clip(np.concatenate([one, other[::-1]]), 0.01, 0.99).ravel().tolist()
 
 
 # A kind is drawn on a unit canvas: "add" and "cut" build the silhouette, "detail" is drawn darker on top of it.
@@ -102,7 +97,8 @@ KINDS: dict[str, list[tuple[str, str, list[float]]]] = {
             ("detail", "ellipse", [0.13, 0.62, 0.36, 0.88]), ("detail", "ellipse", [0.64, 0.62, 0.87, 0.88]),
             ("detail", "polygon", [0.27, 0.45, 0.36, 0.26, 0.48, 0.26, 0.48, 0.45]),
             ("detail", "polygon", [0.54, 0.45, 0.54, 0.26, 0.67, 0.26, 0.76, 0.45])],
-    "flower": [*_petals(), ("detail", "ellipse", [0.36, 0.36, 0.64, 0.64])],
+    "flower": [*(("add", "ellipse", [x - 0.2, y - 0.2, x + 0.2, y + 0.2]) for x, y in _circle_of(6, 0.29)),
+               ("detail", "ellipse", [0.36, 0.36, 0.64, 0.64])],
     "bird": [("add", "ellipse", [0.16, 0.34, 0.82, 0.82]), ("add", "ellipse", [0.58, 0.12, 0.92, 0.48]),
              ("add", "polygon", [0.88, 0.24, 1.0, 0.32, 0.88, 0.38]),
              ("add", "polygon", [0.28, 0.48, 0.0, 0.28, 0.06, 0.66]),
@@ -223,13 +219,8 @@ def _background(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     return canvas, str(ground)
 
 
-def _paint(
-    canvas: np.ndarray,
-    thing: SceneObject,
-    rng: np.random.Generator,
-    centre: tuple[float, float],
-    taken: list[SceneObject],
-) -> bool:
+def _paint(canvas: np.ndarray, thing: SceneObject, rng: np.random.Generator, centre: tuple[float, float],
+           taken: list[SceneObject]) -> bool:  # fmt: skip
     """Draw `thing` around `centre` into `canvas` (with its shadow) and set its mask.
 
     False, and nothing drawn, when it does not fit the picture or would cover over 30 % of an object: a little occlusion
@@ -240,9 +231,8 @@ def _paint(
     picture = glyph(thing.kind)
     if rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    fill = (0, 0, 128)
     picture = picture.resize((w, h), Image.Resampling.BOX)
-    picture = picture.rotate(rng.normal(0, 9), Image.Resampling.BICUBIC, expand=True, fillcolor=fill)
+    picture = picture.rotate(rng.normal(0, 9), Image.Resampling.BICUBIC, expand=True, fillcolor=(0, 0, 128))
     left, top = int(centre[0] - picture.width / 2), int(centre[1] - picture.height / 2)
     margin = 6  # the shadow needs it
     if left < 0 or top < 0 or left + picture.width + margin > WIDTH or top + picture.height + margin > HEIGHT:
@@ -293,12 +283,8 @@ def _choose_attributes(rng: np.random.Generator, others: list[SceneObject], long
         elif others and rng.random() < 0.3:
             colour = others[rng.integers(len(others))].colour
     pattern = str(rng.choice(PATTERNS, p=[0.5, 0.25, 0.25]))
-    return {
-        "kind": kind,
-        "colour": colour,
-        "pattern": pattern,
-        "size": str(rng.choice(list(SIZES), p=[0.2, 0.3, 0.3, 0.2])),
-    }
+    size = str(rng.choice(list(SIZES), p=[0.2, 0.3, 0.3, 0.2]))
+    return {"kind": kind, "colour": colour, "pattern": pattern, "size": size}
 
 
 def _zipf(count: int) -> np.ndarray:
@@ -340,15 +326,8 @@ PLACES = {"on the left": lambda x, y: x < WIDTH * 0.36, "on the right": lambda x
 RELATIONS = {"above": lambda dx, dy: dy < -20 and abs(dx) < 60, "below": lambda dx, dy: dy > 20 and abs(dx) < 60,
              "left of": lambda dx, dy: dx < -20 and abs(dy) < 50, "right of": lambda dx, dy: dx > 20 and abs(dy) < 50,
              "next to": lambda dx, dy: abs(dx) < 75 and abs(dy) < 45}  # fmt: skip
-ATTRIBUTE_CHOICES = (
-    (),
-    ("colour",),
-    ("pattern",),
-    ("pattern", "colour"),
-    ("size",),
-    ("size", "colour"),
-    ("size", "pattern", "colour"),
-)
+ATTRIBUTE_CHOICES = ((), ("colour",), ("pattern",), ("pattern", "colour"), ("size",), ("size", "colour"),
+                     ("size", "pattern", "colour"))  # fmt: skip
 
 
 def describe(scene: Scene, target: SceneObject, kind: str, rng: np.random.Generator) -> str | None:
@@ -441,23 +420,19 @@ def segment(scene: Scene, rng: np.random.Generator) -> list[tuple[np.ndarray, fl
         size = np.sqrt(mask.sum())
         grow, (down, right) = rng.normal(0, spread) * size, np.rint(rng.normal(0, spread * size / 2, 2)).astype(int)
         grow = np.copysign(max(abs(grow), 1), grow)  # no outline is exact
-        mask = (
-            ndimage.distance_transform_edt(~mask) <= grow if grow > 0 else ndimage.distance_transform_edt(mask) > -grow
-        )
+        distance = ndimage.distance_transform_edt(~mask if grow > 0 else mask)
+        mask = distance <= grow if grow > 0 else distance > -grow
         padded = np.pad(mask, ((max(down, 0), max(-down, 0)), (max(right, 0), max(-right, 0))))
         return padded[max(-down, 0) :, max(-right, 0) :][:HEIGHT, :WIDTH]
 
     segments: list[np.ndarray] = []
+    fates = ["found", "twice", "halves", "both", "merged", "missed"]
     for thing in scene.objects:
-        fate = rng.choice(
-            ["found", "twice", "halves", "both", "merged", "missed"], p=[0.4, 0.2, 0.08, 0.12, 0.14, 0.06]
-        )
+        fate = rng.choice(fates, p=[0.4, 0.2, 0.08, 0.12, 0.14, 0.06])
         if fate in ("halves", "both"):
             segments += [roughly(half, 0.02) for half in _halves(thing.mask, rng)]
         if fate == "merged":
-            away = [
-                np.hypot(*np.subtract(other.centre, thing.centre)) or np.inf for other in scene.objects
-            ]  # not itself
+            away = [np.hypot(*np.subtract(o.centre, thing.centre)) or np.inf for o in scene.objects]  # not itself
             segments.append(roughly(thing.mask | scene.objects[int(np.argmin(away))].mask, 0.02))
         if fate in ("found", "twice", "both", "merged") and (fate != "merged" or rng.random() < 0.7):
             segments.append(roughly(thing.mask, 0.035))
@@ -467,9 +442,8 @@ def segment(scene: Scene, rng: np.random.Generator) -> list[tuple[np.ndarray, fl
         segments.append(_blob(rng))
     scored = []
     for mask in segments:
-        best = (
-            max((mask & thing.mask).sum() / (mask | thing.mask).sum() for thing in scene.objects) if mask.any() else 0
-        )
+        ious = [(mask & thing.mask).sum() / (mask | thing.mask).sum() for thing in scene.objects] if mask.any() else [0]
+        best = max(ious)
         liked = rng.uniform(0.6, 0.95) if best < 0.1 and rng.random() < 0.33 else best
         if mask.sum() >= 40:  # an eroded sliver is nothing that a segmenter would report
             scored.append((mask, float(np.clip(liked + rng.normal(0, 0.08), 0.01, 0.99).round(3))))
@@ -483,9 +457,7 @@ def _run_length(mask: np.ndarray) -> dict:
     return {"size": [int(side) for side in mask.shape], "counts": run_length["counts"].decode("ascii")}
 
 
-def write_benchmark(
-    root: Path | str, seed: int = 2024, images_per_split: int = 160, expressions_per_image: int = 6
-) -> None:
+def write_benchmark(root: Path | str, seed: int = 2024, images_per_split: int = 160) -> None:
     """Write the benchmark under `root` in the UNC layout; same seed, same bytes.
 
     Beside it lie proposals: boxes as of a detector, masks as of a segmenter. Splits `train` (a source of auxiliary
@@ -511,13 +483,11 @@ def write_benchmark(
             images.append({"id": image_id, "file_name": file_name, "width": WIDTH, "height": HEIGHT})
             detections[str(image_id)] = detect(scene, rng)
             own = np.random.default_rng([seed, split_number, number, 1])  # all else is as it would be without masks
-            segments = segment(scene, own)
-            masks += [
-                {"image_id": image_id, "segmentation": _run_length(mask), "score": score} for mask, score in segments
-            ]
+            for mask, score in segment(scene, own):
+                masks.append({"image_id": image_id, "segmentation": _run_length(mask), "score": score})
             sentences: dict[int, list[str]] = {}
-            for _ in range(expressions_per_image * 3):
-                if sum(map(len, sentences.values())) == expressions_per_image:
+            for _ in range(3 * EXPRESSIONS):
+                if sum(map(len, sentences.values())) == EXPRESSIONS:
                     break
                 which = int(rng.integers(len(scene.objects)))
                 kind = str(rng.choice(["attributes", "place", "relation"], p=[0.5, 0.25, 0.25]))
@@ -525,12 +495,10 @@ def write_benchmark(
                 if text and text not in sentences.get(which, []):
                     sentences.setdefault(which, []).append(text)
             for which, thing in enumerate(scene.objects):
-                run_length = coco_mask.encode(np.asfortranarray(thing.mask.astype(np.uint8)))
-                run_length["counts"] = run_length["counts"].decode("ascii")
                 category = list(KINDS).index(thing.kind) + 1
                 box = list(map(float, thing.box))
                 anns.append({"id": len(anns) + 1, "image_id": image_id, "category_id": category, "bbox": box,
-                             "area": float(thing.mask.sum()), "iscrowd": 0, "segmentation": run_length})  # fmt: skip
+                             "area": float(thing.mask.sum()), "iscrowd": 0, "segmentation": _run_length(thing.mask)})  # fmt: skip
                 if which in sentences:
                     ids = list(range(sentence_id, sentence_id + len(sentences[which])))
                     sentence_id += len(ids)
@@ -542,10 +510,10 @@ def write_benchmark(
     categories = [{"id": i, "name": kind, "supercategory": "shape"} for i, kind in enumerate(KINDS, 1)]
     info = {"description": f"refshapes: generated scenes, seed {seed}", "version": "1.0"}
     instances = {"info": info, "images": images, "annotations": anns, "categories": categories}
-    (annotations / "instances.json").write_text(json.dumps(instances, separators=(",", ":")))
     (annotations / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    (root / "refshapes_dets_dict.json").write_text(json.dumps(detections, separators=(",", ":")))
-    (root / "refshapes_masks.json").write_text(json.dumps(masks, separators=(",", ":")))
+    names = ("refshapes/instances.json", "refshapes_dets_dict.json", "refshapes_masks.json")
+    for name, content in zip(names, (instances, detections, masks), strict=True):
+        (root / name).write_text(json.dumps(content, separators=(",", ":")))
 
 
 def training_pairs(seed: int, size: int = 64) -> Iterator[tuple[np.ndarray, str]]:
@@ -563,12 +531,8 @@ def training_pairs(seed: int, size: int = 64) -> Iterator[tuple[np.ndarray, str]
             x, y, w, h = thing.box
             style = rng.choice(["close", "around", "focus"], p=[0.55, 0.2, 0.25])
             grow = rng.uniform(-0.06, 0.2 if style == "close" else 0.7, 4)
-            region = (
-                max(0, x - grow[0] * w),
-                max(0, y - grow[1] * h),
-                min(WIDTH, x + w + grow[2] * w),
-                min(HEIGHT, y + h + grow[3] * h),
-            )
+            region = (max(0, x - grow[0] * w), max(0, y - grow[1] * h),
+                      min(WIDTH, x + w + grow[2] * w), min(HEIGHT, y + h + grow[3] * h))  # fmt: skip
             words = ATTRIBUTE_CHOICES[rng.choice(len(ATTRIBUTE_CHOICES), p=[0.2, 0.3, 0.08, 0.22, 0.06, 0.08, 0.06])]
             caption = thing.phrase(words)
             if style == "focus":
