@@ -20,9 +20,8 @@ from pycocotools import mask as coco
 from .datasets import CLIPPED, NO_AREA, XYWH, DatasetError, ReferDataset, box_array, clip_boxes, column, read_json
 
 _WHOLE = "images without a candidate, given the whole image as one"
-_NO_ANNOTATION = -1
+_ENTRY = "entry [{}]".format
 _REMEDY = "Pass a JSON file {image id: [[x, y, w, h], …]} or [{'image_id': …, 'bbox': [x, y, w, h], 'score': …}]."
-
 _MASK_REMEDY = "Pass JSON as COCO has it: [{'image_id': …, 'segmentation': {'size': [h, w], 'counts': …}, 'score': …}]."
 
 
@@ -70,15 +69,13 @@ def from_boxes(
         raise ValueError(f"top_k is {top_k}: each image needs at least one candidate.")
     frame = _read_boxes(read_json(path), path)
     if "score" not in frame and (score_threshold is not None or top_k is not None):
-        raise DatasetError(
-            f"{path}: has no scores (image id → boxes), so score_threshold and top_k cannot choose. Leave them out, or "
-            "pass COCO results with 'score'."
-        )
+        raise DatasetError(f"{path}: has no scores (image id → boxes), so score_threshold and top_k cannot choose. Leave "
+                           "them out, or pass COCO results with 'score'.")  # fmt: skip
     read, image = len(frame), ds.images.index.get_indexer(frame["image_id"])
     frame, image = frame[image >= 0], image[image >= 0]
     if read and not len(frame):
         raise DatasetError(
-            f"{path}: none of its {read} boxes is of an image of {ds.name}. Pass the file of this data set."
+            f"{path}: none of its {read} boxes is of an image of {ds.name}. Pass this data set's own file."
         )
     counts = {"boxes of images outside the data set ignored": read - len(frame)}
     boxes, has_area, clipped = clip_boxes(frame[XYWH].to_numpy(), ds.images[["width", "height"]].to_numpy()[image])
@@ -87,19 +84,11 @@ def from_boxes(
     if score_threshold is not None:
         kept = frame["score"] >= score_threshold
         frame, counts["boxes below the score threshold left out"] = frame[kept], int((~kept).sum())
-    if top_k is not None:
-        kept = frame.groupby("image_id")["score"].rank(method="first", ascending=False) <= top_k
-        frame, counts[f"boxes beyond the best {top_k} of their image left out"] = frame[kept], int((~kept).sum())
-    return _complete(frame, ds, counts)
+    return _complete(_best(frame, top_k, counts, "boxes"), ds, counts)
 
 
-def from_masks(
-    ds: ReferDataset,
-    path: str | Path,
-    top_k: int | None = None,
-    min_area: int | None = None,
-    nms_iou: float | None = None,
-) -> pd.DataFrame:
+def from_masks(ds: ReferDataset, path: str | Path, top_k: int | None = None, min_area: int | None = None,
+               nms_iou: float | None = None) -> pd.DataFrame:  # fmt: skip
     """Return the masks of a segmenter as candidates, each with the tight box of its mask.
 
     `path` is a JSON file of COCO results, a list of {image_id, segmentation, score}: RLE, compressed or not, or
@@ -144,10 +133,16 @@ def from_masks(
         kept = best_first.groupby("image_id")["segmentation"].transform(lambda masks: suppress(masks.tolist(), nms_iou))
         kept = kept.astype(bool).reindex(frame.index)
         frame, counts[f"masks with IoU > {nms_iou:g} with a better one left out"] = frame[kept], int((~kept).sum())
-    if top_k is not None:
-        kept = frame.groupby("image_id")["score"].rank(method="first", ascending=False) <= top_k
-        frame, counts[f"masks beyond the best {top_k} of their image left out"] = frame[kept], int((~kept).sum())
-    return _complete(frame, ds, counts)
+    return _complete(_best(frame, top_k, counts, "masks"), ds, counts)
+
+
+def _best(frame: pd.DataFrame, top_k: int | None, counts: dict[str, int], what: str) -> pd.DataFrame:
+    """Return the `top_k` candidates of each image with the highest scores, of equals the first; count the others."""
+    if top_k is None:
+        return frame
+    kept = frame.groupby("image_id")["score"].rank(method="first", ascending=False) <= top_k
+    counts[f"{what} beyond the best {top_k} of their image left out"] = int((~kept).sum())
+    return frame[kept]
 
 
 def mask_areas(masks: Sequence[dict]) -> np.ndarray:
@@ -309,18 +304,10 @@ def _read_boxes(content: Any, path: Path) -> pd.DataFrame:
         return pd.DataFrame({"image_id": keys.astype(np.int64), **dict(zip(XYWH, boxes.T, strict=True))})
     if type(content) is not list:
         raise DatasetError(f"{path}: is neither image id → boxes nor a list of COCO results. {_REMEDY}")
-    name = "entry [{}]".format
-    boxes = box_array(column(content, "bbox", {list}, path, name), path, lambda i: f"{name(i)}, key 'bbox'")
-    frame = pd.DataFrame(
-        {
-            "image_id": np.array(column(content, "image_id", {int}, path, name), dtype=np.int64),
-            **dict(zip(XYWH, boxes.T, strict=True)),
-            "score": np.array(column(content, "score", {int, float}, path, name), dtype=np.float64),
-        }
-    )
-    unscored = np.flatnonzero(np.isnan(frame["score"]))
-    if len(unscored):
-        raise DatasetError(f"{path}: {name(unscored[0])}, key 'score': NaN is no score. {_REMEDY}")
+    boxes = box_array(column(content, "bbox", {list}, path, _ENTRY), path, lambda i: f"{_ENTRY(i)}, key 'bbox'")
+    image_ids = np.array(column(content, "image_id", {int}, path, _ENTRY), dtype=np.int64)
+    frame = pd.DataFrame({"image_id": image_ids, **dict(zip(XYWH, boxes.T, strict=True))})
+    frame["score"] = _read_scores(content, path, _REMEDY)
     segmentation = pd.Series([entry.get("segmentation") for entry in content], dtype=object)
     return frame.assign(segmentation=segmentation) if segmentation.notna().any() else frame
 
@@ -332,14 +319,9 @@ def _read_masks(content: Any, path: Path, images: pd.DataFrame) -> pd.DataFrame:
     """
     if type(content) is not list:
         raise DatasetError(f"{path}: is no list of COCO results. {_MASK_REMEDY}")
-    name = "entry [{}]".format
-    image_ids = np.array(column(content, "image_id", {int}, path, name), dtype=np.int64)
-    segmentations = column(content, "segmentation", {dict, list}, path, name)
-    scored = any("score" in entry for entry in content)
-    scores = np.array(column(content, "score", {int, float}, path, name) if scored else [], dtype=np.float64)
-    unscored = np.flatnonzero(np.isnan(scores))
-    if len(unscored):
-        raise DatasetError(f"{path}: {name(unscored[0])}, key 'score': NaN is no score. {_MASK_REMEDY}")
+    image_ids = np.array(column(content, "image_id", {int}, path, _ENTRY), dtype=np.int64)
+    segmentations = column(content, "segmentation", {dict, list}, path, _ENTRY)
+    scores = _read_scores(content, path, _MASK_REMEDY) if any("score" in entry for entry in content) else None
     image = images.index.get_indexer(image_ids)
     rows = np.flatnonzero(image >= 0)
     if len(content) and not len(rows):
@@ -351,19 +333,26 @@ def _read_masks(content: Any, path: Path, images: pd.DataFrame) -> pd.DataFrame:
         try:
             rles.append(to_rle(segmentations[row], height, width))
         except DatasetError as error:
-            message = f"{path}: {name(row)}, key 'segmentation' (image {image_ids[row]}): {error}. {_MASK_REMEDY}"
+            message = f"{path}: {_ENTRY(row)}, key 'segmentation' (image {image_ids[row]}): {error}. {_MASK_REMEDY}"
             raise DatasetError(message) from error
     frame = pd.DataFrame({"image_id": image_ids[rows], "segmentation": pd.Series(rles, dtype=object)})
     frame["area"] = mask_areas(rles)
     frame.attrs["ignored"] = len(content) - len(rows)
-    return frame.assign(score=scores[rows]) if scored else frame
+    return frame if scores is None else frame.assign(score=scores[rows])
+
+
+def _read_scores(content: list, path: Path, remedy: str) -> np.ndarray:
+    scores = np.array(column(content, "score", {int, float}, path, _ENTRY), dtype=np.float64)
+    if np.isnan(scores).any():
+        raise DatasetError(f"{path}: {_ENTRY(np.isnan(scores).argmax())}, key 'score': NaN is no score. {remedy}")
+    return scores
 
 
 def _complete(frame: pd.DataFrame, ds: ReferDataset, counts: dict[str, int]) -> pd.DataFrame:
     """Give images without a candidate the whole image, put the rows of an image together, and attach the counts."""
     images = ds.images[~ds.images.index.isin(frame["image_id"])]
     whole = pd.DataFrame({"image_id": images.index, "x": 0.0, "y": 0.0, "w": images["width"], "h": images["height"]})
-    unknown = {"ann_id": _NO_ANNOTATION, "score": np.nan, "segmentation": None}
+    unknown = {"ann_id": -1, "score": np.nan, "segmentation": None}
     whole = whole.assign(**{key: value for key, value in unknown.items() if key in frame})[list(frame.columns)]
     frame = pd.concat([frame, whole.astype(frame.dtypes)]) if len(whole) else frame
     frame = frame.sort_values("image_id", kind="stable", ignore_index=True)
