@@ -16,6 +16,7 @@ import pickle
 import re
 import reprlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -43,6 +44,9 @@ class DatasetError(ValueError):
     """A data set that cannot be used as it is. The message says in which file, what is wrong and what to do."""
 
 
+_no_notes = partial(pd.DataFrame, columns=["what", "image_id", "split"])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReferDataset:
     """Images, regions and expressions of a referring-expression data set, as `load_refer` reads them.
@@ -68,9 +72,7 @@ class ReferDataset:
     regions: pd.DataFrame
     expressions: pd.DataFrame
     counts: dict[str, int]
-    notes: pd.DataFrame = dataclasses.field(
-        default_factory=lambda: pd.DataFrame(columns=["what", "image_id", "split"]), repr=False
-    )
+    notes: pd.DataFrame = dataclasses.field(default_factory=_no_notes, repr=False)
 
     @property
     def categories(self) -> list[str]:
@@ -104,9 +106,8 @@ class ReferDataset:
         here = self.notes["image_id"].isin(images.index)
         of_image, of_split = here & (self.notes["split"] == ""), self.notes["split"].isin(marks)
         notes = self.notes[of_image | (of_split if limit is None else of_split & here)]
-        return dataclasses.replace(
-            self, images=images, regions=regions, expressions=expressions, notes=notes, counts=_count(notes)
-        )
+        frames = {"images": images, "regions": regions, "expressions": expressions}
+        return dataclasses.replace(self, **frames, notes=notes, counts=_count(notes))
 
     def image_path(self, image_id: int) -> Path:
         """Return where the image of this id lies. Raises DatasetError for an id that the data set does not have."""
@@ -128,10 +129,8 @@ class ReferDataset:
             raise DatasetError(f"{path}: image {image_id} of {self.name} is missing. {remedy}") from error
         except Exception as error:  # damaged bytes raise nearly anything in PIL's decoders, struct.error included
             raise DatasetError(f"{path}: image {image_id} cannot be decoded ({error}). {remedy}") from error
-        raise DatasetError(
-            f"{path}: image {image_id} has {found} pixels, but instances.json says {width}×{height} ('width', "
-            f"'height'), so its boxes would be misplaced. {remedy}"
-        )
+        raise DatasetError(f"{path}: image {image_id} has {found} pixels, but instances.json says {width}×{height} ('width', "
+                           f"'height'), so its boxes would be misplaced. {remedy}")  # fmt: skip
 
     def missing_images(self) -> list[str]:
         """Return the file names that are not on disk, so that a run can stop before it encodes anything."""
@@ -158,21 +157,17 @@ def load_refer(
     root, split_by = Path(root), split_by or ("umd" if dataset == "refcocog" else "unc")
     folder = root / dataset
     if not folder.is_dir():
-        raise DatasetError(
-            f"{folder}: there is no such folder. Get the data set with `bsap data get {dataset}`, or pass as `root` "
-            f"the folder that holds '{dataset}/instances.json'."
-        )
+        raise DatasetError(f"{folder}: there is no such folder. Get the data set with `bsap data get {dataset}`, or pass as "
+                           f"`root` the folder that holds '{dataset}/instances.json'.")  # fmt: skip
     refs_path = folder / f"refs({split_by}).p"
     if not refs_path.is_file():
         present = ", ".join(sorted(path.name for path in folder.glob("refs(*).p"))) or "none"
         raise DatasetError(f"{refs_path}: there is no such file (present: {present}). Pass another `split_by`.")
     images, regions, has_area, clipped = _read_instances(folder / "instances.json")
     expressions, notes = _read_refs(refs_path, regions, has_area)
-    touched = [
-        pd.DataFrame({"what": what, "image_id": regions["image_id"].to_numpy()[mask], "split": ""})
-        for what, mask in ((CLIPPED, clipped), (NO_AREA, ~has_area))
-    ]
-    notes = pd.concat([*touched, notes], ignore_index=True)
+    image_ids, touched = regions["image_id"].to_numpy(), {CLIPPED: clipped, NO_AREA: ~has_area}
+    frames = [pd.DataFrame({"what": what, "image_id": image_ids[mask], "split": ""}) for what, mask in touched.items()]
+    notes = pd.concat([*frames, notes], ignore_index=True)
     image_root = Path(image_root) if image_root is not None else root / "images/mscoco/images/train2014"
     return ReferDataset(dataset, split_by, image_root, images, regions[has_area], expressions, _count(notes), notes)
 
@@ -222,9 +217,8 @@ def box_array(boxes: Sequence[list], path: Path, name: Callable[[int], str]) -> 
         flat = list(chain.from_iterable(boxes))
         if _sound(flat, numbers):
             return np.array(flat, dtype=np.float64).reshape(-1, 4)
-    i, box = next(
-        (i, box) for i, box in enumerate(boxes) if type(box) is not list or len(box) != 4 or not _sound(box, numbers)
-    )
+    good = (type(box) is list and len(box) == 4 and _sound(box, numbers) for box in boxes)
+    i, box = next((i, box) for i, (box, is_good) in enumerate(zip(boxes, good, strict=True)) if not is_good)
     raise DatasetError(f"{path}: {name(i)}: {_show(box)} is no box of four numbers [x, y, w, h]. {_REMEDY}")
 
 
@@ -249,10 +243,8 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray, np.ndarray]:
     """Return images, all annotations with clipped boxes, which of these have an area, and which were clipped."""
-    content = [read_json(path)]
-    tables = {}
-    for table in ("images", "annotations", "categories"):
-        tables[table] = column(content, table, {list}, path, lambda i: "the whole file")[0]
+    content, names = [read_json(path)], ("images", "annotations", "categories")
+    tables = {table: column(content, table, {list}, path, lambda i: "the whole file")[0] for table in names}
 
     def name(table: str) -> Callable[[int], str]:
         return (table + "[{}]").format
@@ -265,7 +257,7 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray,
             "file_name": pd.Series(read("images", "file_name", str), dtype=str),
             "width": np.array(read("images", "width", int), dtype=np.int64),
             "height": np.array(read("images", "height", int), dtype=np.int64),
-        },
+        }
     ).set_index(_unique(read("images", "id", int), "image_id", "id", path, name("images")))
     no_size = (images["width"] <= 0) | (images["height"] <= 0)
     _refuse(no_size, path, name("images"), "'width' and 'height' must be positive")
@@ -289,7 +281,7 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray,
             "area": np.array(read("annotations", "area", int, float), dtype=np.float64),
             "iscrowd": np.array(read("annotations", "iscrowd", int), dtype=np.int64),
             "segmentation": pd.Series(read("annotations", "segmentation", dict, list, type(None)), dtype=object),
-        },
+        }
     ).set_index(_unique(read("annotations", "id", int), "ann_id", "id", path, name("annotations")))
     return images, regions, has_area, clipped
 

@@ -223,14 +223,6 @@ def share_right(ds: ReferDataset, regions: pd.DataFrame, threshold: float = 0.5)
     return ds.expressions["ann_id"].map(share).fillna(0.0)
 
 
-def proposal_recall(ds: ReferDataset, regions: pd.DataFrame, threshold: float = 0.5) -> float:
-    """Return the share of expressions whose region has IoU > `threshold` with a candidate: the ceiling of any method.
-
-    It is NaN for a data set without expressions.
-    """
-    return float((share_right(ds, regions, threshold) > 0).mean())
-
-
 def to_rle(segmentation: Any, height: int, width: int) -> dict:
     """Return COCO's compressed RLE of a region, from polygons or from an RLE of either kind; None is the whole image.
 
