@@ -278,9 +278,8 @@ def publish(staging: Path, folder: Path, entry: dict[str, Any]) -> tuple[list[st
     return files, stale
 
 
-def run_one(
-    notebook: Path, values: dict[str, Any], parameters: Parameters, made_by: dict[str, Any], folder: Path, target: Path
-) -> None:
+def run_one(notebook: Path, values: dict[str, Any], parameters: Parameters, made_by: dict[str, Any], folder: Path,
+            target: Path) -> None:  # fmt: skip
     """Execute the notebook in the run's `folder`; then move its results to `target` and say so."""
     from nbconvert import HTMLExporter
 
@@ -314,9 +313,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Show the versi
 @app.command(cls=PairCommand)
 def run(
     notebook: Annotated[str, typer.Argument(help="Stem (03_rec, or just 03) or path of a notebook.")] = "",
-    pairs: Annotated[
-        list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; lists as a,b")
-    ] = None,
+    pairs: Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", help="A parameter; list: a,b")] = None,
     params: Annotated[Path | None, typer.Option(help="YAML: run_name, skip, all and a mapping a notebook.")] = None,
     name: Annotated[str, typer.Option(help="Folder of the results in figures/; else made of --params and -p.")] = "",
     every: Annotated[bool, typer.Option("--all", help="Run every numbered notebook, in order.")] = False,
@@ -440,9 +437,7 @@ def data_get(
 
 
 @data.command("check")
-def data_check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A root such as data, or one data set.")],
-) -> None:
+def data_check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A root such as data, or one set.")]) -> None:
     """Tell what is there and what is wrong; exit code 0 if each split that was got can be evaluated in full."""
     from bsap_utils import download
 

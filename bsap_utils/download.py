@@ -345,9 +345,7 @@ def _place(root: Path, source: Path, target: Path, sums: Sums) -> None:
     """Rename a whole file to its place and record it. Raises DatasetError when the record is of another content."""
     key, digest = target.relative_to(root).as_posix(), _digest(source)
     if sums.get(key, digest) != digest:
-        raise DatasetError(
-            f"{target.name} is not what was first downloaded. If it is right, delete its line in SHA256SUMS."
-        )
+        raise DatasetError(f"{target.name} is not what was first downloaded. If right, delete its line in SHA256SUMS.")
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
     sums[key] = digest
