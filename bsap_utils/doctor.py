@@ -24,7 +24,8 @@ from .proposals import load_proposals
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pandas", "papermill", "jupyterlab", "faiss-cpu", "ray")
 Weights = tuple[str, str]  # model, pretrained
-Data = tuple[Path, str]  # root, name
+Data = tuple[Path, str, str, str]  # root, name, split, proposals
+OWN = {"detections": "dets_dict", "masks": "masks"}  # proposals that lie beside a data set, and how its file ends
 LARGE = 30e6  # bytes of instances.json: RefCOCO's takes some 13 seconds to load, the sample's 0.2
 
 
@@ -67,9 +68,7 @@ def find_weights(model: str, pretrained: str) -> Path:
         place = Path(constants.HF_HUB_CACHE)
         found = [file for one in names if isinstance(file := try_to_load_from_cache(repository, one), str)]
     else:
-        place = (
-            Path(pretrained) if not record else Path("~/.cache/clip").expanduser() / record["url"].rpartition("/")[2]
-        )
+        place = Path("~/.cache/clip").expanduser() / record["url"].rpartition("/")[2] if record else Path(pretrained)
         found = [str(place)] if place.is_file() else []
     if not found:
         raise scoring.ModelError(f"not in {cli.shown(place)}")
@@ -94,12 +93,8 @@ def data_problems(root: Path, dataset: str, splits: Iterable[str], proposals: It
     try:
         if dataset in SPLITS and sum(file.stat().st_size for file in folder.glob("*.json")) > LARGE:
             refs = folder / f"refs({'umd' if dataset == 'refcocog' else 'unc'}).p"
-            named = {
-                "gt": refs,
-                "detections": root / f"{dataset}_dets_dict.json",
-                "masks": root / f"{dataset}_masks.json",
-            }
-            files = [refs, *(named.get(one, cli.ROOT / one) for one in proposals)]
+            own = {one: root / f"{dataset}_{name}.json" for one, name in OWN.items()}
+            files = [refs, *({"gt": refs, **own}.get(one, cli.ROOT / one) for one in proposals)]
             problems += [f"{cli.shown(file)} is missing" for file in dict.fromkeys(files) if not file.is_file()]
             there, asked = sum(1 for _ in (root / FOLDER).glob("*.jpg")), _read_sums(root)[1]
             for split in splits:
@@ -113,35 +108,34 @@ def data_problems(root: Path, dataset: str, splits: Iterable[str], proposals: It
         try:
             part = ds.select(split=split)
             if absent := part.missing_images():
-                problems.append(
-                    f"{len(absent):,} of {len(part.images):,} pictures of {split} are missing: {absent[0]} …"
-                )
+                count = f"{len(absent):,} of {len(part.images):,} pictures of {split}"
+                problems.append(f"{count} are missing, e.g. {absent[0]}")
             for one in proposals:
-                load_proposals(part, one if one in ("gt", "detections", "masks") else str(cli.ROOT / one), root)
+                load_proposals(part, one if one in ("gt", *OWN) else str(cli.ROOT / one), root)
         except (ValueError, OSError) as error:
             problems.append(_short(error))
     return list(dict.fromkeys(problems))
 
 
-def needs(params: Path, known: dict[str, cli.Parameters]) -> tuple[set[Weights], dict[Data, list[set[str]]]]:
-    """Return what the numbered notebooks ask for under a params file: weights, and [splits, proposals] of each data set.
+def needs(params: Path, known: dict[str, cli.Parameters]) -> tuple[set[Weights], set[Data]]:
+    """Return the weights and data that the numbered notebooks ask for under a params file.
 
     `known` are the parameters that each notebook declares. Ends with `cli.fail` for a file that is damaged.
     """
     content = cli.read_params(params, known)
     weights: set[Weights] = set()
-    data: dict[Data, list[set[str]]] = {}
+    data: set[Data] = set()
     for stem in (stem for stem in known if re.match(r"\d\d", stem) and stem not in content["skip"]):
         values: dict[str, Any] = {name: parameter.default for name, parameter in known[stem].items()}
         values |= cli.settings(stem, content["all"] | content.get(stem, {}), known[stem])
         models, tags = as_list(values.get("MODEL")), as_list(values.get("PRETRAINED"))
         tags = tags * len(models) if len(tags) == 1 else tags
         weights |= {(one, "" if ":" in one else tag) for one, tag in zip(models, tags, strict=False)}
-        if name := values.get("DATASET"):
-            root = cli.ROOT / (values.get("DATA_ROOT") or ("data/refshapes" if name == "refshapes" else "data"))
-            splits, proposals = data.setdefault((root, name), [set(), set()])
-            splits.update(*(as_list(values.get(key)) for key in ("SPLIT", "CHOOSE_ON", "REPORT_ON")))
-            proposals.update(as_list(values.get("PROPOSALS")))
+        name = values.get("DATASET")
+        root = cli.ROOT / (values.get("DATA_ROOT") or ("data/refshapes" if name == "refshapes" else "data"))
+        splits = [split for key in ("SPLIT", "CHOOSE_ON", "REPORT_ON") for split in as_list(values.get(key))]
+        proposals = as_list(values.get("PROPOSALS", "gt"))
+        data |= {(root, name, split, one) for split in splits for one in proposals if name}
     return weights, data
 
 
@@ -157,26 +151,20 @@ def report(say: Callable[[str], Any]) -> bool:
     say(f"bsap {__version__} in {cli.ROOT}, Python {platform.python_version()} on {platform.system()}")
     say("packages  " + ", ".join(f"{name} {installed.get(name, 'not installed')}" for name in PACKAGES))
     say(f"device    {device()}")
-    say(
-        f"cache     {f'{kept[0]:,} files, {_bytes(kept[1])}, in {cli.shown(place)}' if place else 'none (BSAP_CACHE is empty)'}"
-    )
+    used = f"{kept[0]:,} files, {_bytes(kept[1])}, in {cli.shown(place)}" if place else "none (BSAP_CACHE is empty)"
+    say(f"cache     {used}")
     say(f"disk      {_bytes(shutil.disk_usage(cli.ROOT).free)} free\nweights")
 
     wanted: dict[str, tuple[set[Weights], set[Data]]] = {}  # by each run
-    weights: dict[Weights, str] = {}  # what is wrong with each; "" where nothing is
-    data: dict[Data, list[set[str]]] = {}
     broken, known, folder = {}, None, cli.ROOT / "notebooks"
     for params in sorted(folder.glob("params/*.yaml"), key=lambda path: (path.stem != "sample", path)):
         try:
             known = known or {file.stem: cli.declared(file) for file in sorted(folder.glob("*.ipynb"))}
-            pairs, sets = needs(params, known)
+            wanted[params.stem] = needs(params, known)
         except SystemExit as error:  # of cli.fail
             broken[params.stem] = _short(error).removeprefix("bsap: ")
-            continue
-        wanted[params.stem] = pairs, set(sets)
-        weights |= dict.fromkeys(sorted(pairs), "")
-        for key, parts in sets.items():
-            data[key] = [old | new for old, new in zip(data.get(key, [set(), set()]), parts, strict=True)]
+    weights = {one: "" for pairs, _ in wanted.values() for one in sorted(pairs)}  # what is wrong with each, if anything
+    data = {one: "" for _, sets in wanted.values() for one in sorted(sets)}
 
     hub = None  # whether it answers: asked only where something is missing
     for model, tag in weights:
@@ -188,23 +176,28 @@ def report(say: Callable[[str], Any]) -> bool:
             if weights[model, tag].startswith("not in") and not model.startswith("local-dir:"):
                 first, hub = hub is None, scoring._hub_is_reachable() if hub is None else hub
                 page = open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "").rstrip("/")
-                how = (
-                    scoring._where_to_get(model, tag) if first or not page else f"likewise {constants.ENDPOINT}/{page}"
-                )
-                how = "the first run fetches them" if hub else f"{constants.ENDPOINT} cannot be reached: {how}"
-                remedy = f"\n      {how}"
+                how = f"{constants.ENDPOINT} cannot be reached: {scoring._where_to_get(model, tag)}"
+                how = f"likewise from {constants.ENDPOINT}/{page}" if page and not first else how
+                remedy = f"\n      {'the first run fetches them' if hub else how}"
         say(_line(f"{model} {tag}", weights[model, tag]) + remedy)
     say("data")
-    problems = {key: data_problems(*key, *map(sorted, parts)) for key, parts in data.items()}
-    for (root, name), found in problems.items():
-        splits = ",".join(sorted(data[root, name][0]))
-        if found and name in SPLITS:
-            where = "" if root == cli.ROOT / "data" else f" --root {root}"
-            found = [*found, f"bsap data get {name} --split {splits}{where}"]
-        say(_line(f"{name} {splits}", "\n      ".join(found)))
+    problems = {}
+    for root, name in dict.fromkeys(one[:2] for one in data):
+        parts = zip(*(one[2:] for one in data if one[:2] == (root, name)), strict=True)
+        splits, proposals = (sorted(set(part)) for part in parts)
+        found = problems[root, name] = data_problems(root, name, splits, proposals)
+        where = "" if root == cli.ROOT / "data" else f" --root {root}"
+        command = f"bsap data get {name} --split {','.join(splits)}{where}"
+        say(
+            _line(
+                f"{name} {','.join(splits)}", "\n      ".join([*found, *[command] * (bool(found) and name in SPLITS)])
+            )
+        )
     say("runs")
-    lacks = {stem: [one[0] for one in sorted(pairs) if weights[one]] + [name for root, name in keys if problems[root, name]]
-             for stem, (pairs, keys) in wanted.items()}  # fmt: skip
+    lacks = {}
+    for stem, (pairs, sets) in wanted.items():
+        models = [model for model, tag in sorted(pairs) if weights[model, tag]]
+        lacks[stem] = models + sorted({name for root, name, *_ in sets if problems[root, name]})
     for stem, what in (lacks | {stem: [why] for stem, why in broken.items()}).items():
         say(_line(stem, "lacks " * (stem in lacks and bool(what)) + ", ".join(what)))
     ready = [stem for stem, what in lacks.items() if not what]
