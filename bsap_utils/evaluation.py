@@ -24,6 +24,8 @@ from .proposals import box_iou, mask_areas, to_rle
 if TYPE_CHECKING:
     from .scoring import ReferLogits
 
+Options = Mapping[str, Mapping[str, float]]  # keyword arguments by method
+
 
 def pick_regions(scores: Tensor, group: Tensor) -> Tensor:
     """Return the row of the highest score per image and column, [R, Q] and [R] -> [G, Q]; -1 where a slot is NaN.
@@ -70,15 +72,9 @@ def rec_correct(
     return iou > threshold, iou
 
 
-def cluster_bootstrap(
-    values: np.ndarray,
-    cluster: np.ndarray,
-    denominator: np.ndarray | None = None,
-    resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-    reference: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+def cluster_bootstrap(values: np.ndarray, cluster: np.ndarray, denominator: np.ndarray | None = None,
+                      resamples: int = 10_000, level: float = 0.95, seed: int = 0,
+                      reference: int | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Return the percentile interval (low, high) of Σ values / Σ denominator, resampling whole clusters (images).
 
     `values` [E] or [E, K]; `cluster` [E] is the image of each row. Without `denominator` the ratio is the mean; with it
@@ -237,11 +233,7 @@ def _by_method(predictions: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def rec_predictions(
-    ds: ReferDataset,
-    regions: pd.DataFrame,
-    logits: ReferLogits,
-    methods: Sequence[str],
-    options: Mapping[str, Mapping[str, float]] | None = None,
+    ds: ReferDataset, regions: pd.DataFrame, logits: ReferLogits, methods: Sequence[str], options: Options | None = None
 ) -> pd.DataFrame:
     """Return the region that each method picks for each expression: one row an expression and method, expressions in order.
 
@@ -303,11 +295,7 @@ def mask_overlaps(ds: ReferDataset, regions: pd.DataFrame) -> pd.DataFrame:
 
 
 def ris_predictions(
-    ds: ReferDataset,
-    regions: pd.DataFrame,
-    logits: ReferLogits,
-    methods: Sequence[str],
-    options: Mapping[str, Mapping[str, float]] | None = None,
+    ds: ReferDataset, regions: pd.DataFrame, logits: ReferLogits, methods: Sequence[str], options: Options | None = None
 ) -> pd.DataFrame:
     """Return the mask that each method picks for each expression, and as method "oracle" the best candidate.
 
