@@ -331,6 +331,8 @@ def test_incomplete_predictions_are_refused(predictions, change, said):
 def test_the_setting_must_be_complete(predictions):
     with pytest.raises(TypeError, match="aux_bank"):
         rec_table(predictions, **{k: v for k, v in SETTING.items() if k != "aux_bank"})
+    with pytest.raises(TypeError, match="colour"):
+        rec_table(predictions, **SETTING, colour="red")
 
 
 # From logits to tables, on the sample
