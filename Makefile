@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 READY := .venv/.ready
 export MPLBACKEND ?= agg
 
-.PHONY: figures test lab lint setup clean help
+.PHONY: figures test lab lint clean help
 
 help:
 	@echo "make figures   run every notebook on the bundled sample; figures and tables go to figures/sample/"
@@ -42,6 +42,7 @@ lint: $(READY)
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+.PHONY: setup
 setup: $(READY)
 
 clean:

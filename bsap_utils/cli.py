@@ -357,6 +357,14 @@ def run(
             fail(f"{str(e).removeprefix('bsap: ')}\nAs far as it got: {shown(folder / stem)}.ipynb; not run: {rest}")
 
 
+@app.command()
+def doctor() -> None:
+    """Say what is here, what is missing, and the next command to type; exit code 0 if the sample can be run."""
+    from bsap_utils.doctor import report
+
+    raise typer.Exit(not report(typer.echo))
+
+
 @app.command("masks")
 def masks(
     dataset: Annotated[str, typer.Argument(help="refshapes, refcoco, refcoco+, refcocog, or another in their layout.")],
@@ -391,14 +399,6 @@ def masks(
         fail(str(e))
     typer.echo(f"{count:,} masks of {len(ds.images):,} images are in {shown(target)}")
     typer.echo(f"Next: bsap run 04_ris -p DATASET {dataset} -p PROPOSALS {shown(target) if out else 'masks'}")
-
-
-@app.command()
-def doctor() -> None:
-    """Say what is here, what is missing, and the next command to type; exit code 0 if the sample can be run."""
-    from bsap_utils.doctor import report
-
-    raise typer.Exit(not report(typer.echo))
 
 
 data = typer.Typer(no_args_is_help=True, help="Get RefCOCO, RefCOCO+ and RefCOCOg, and check what is on disk.")
