@@ -65,7 +65,12 @@ def test_pip_install_brings_the_command_and_all_that_the_package_imports():
     assert PROJECT["scripts"] == {"bsap": command.value} and command.load() is cli.app
     extras = PROJECT["optional-dependencies"]
     ours = {Requirement(r).name.lower() for r in PROJECT["dependencies"] + extras["sam"] + extras["scale"]}
-    others = {"jupyter_client": "papermill's", "spacy": "only where the user has it, with one of its models"}
+    others = {
+        "jupyter_client": "papermill's",
+        "nbformat": "nbconvert's",
+        "IPython": "ipywidgets'",
+        "spacy": "only where the user has it, with one of its models",
+    }
     homes = {
         "PIL": "pillow",
         "skimage": "scikit-image",
