@@ -5,6 +5,7 @@
     bsap run 03_rec --list                                  # its parameters, with defaults
     bsap data get refcoco --split val; bsap data check data # the real data sets, and what is on disk
     bsap masks refcoco --split val --method felzenszwalb    # candidate masks for 04_ris
+    bsap cache clear                                        # forget all features that were encoded
 
 Wherever a notebook lies, it runs in this very Python with the repository's root as working directory, so that a
 relative path in a parameter (OUT_DIR too) always means the same. It writes to a staging folder below `runs/<time>/`;
@@ -443,6 +444,24 @@ def data_check(
     if wrong:
         more = [f"… and {len(wrong) - 20:,} more"] if len(wrong) > 20 else []
         fail("\n".join([f"{len(wrong):,} things are wrong:", *wrong[:20], *more]))
+
+
+kept = typer.Typer(no_args_is_help=True, help="Features that are kept, so that a second run encodes nothing.")
+app.add_typer(kept, name="cache")
+
+
+@kept.command("clear")
+def cache_clear() -> None:
+    """Delete all kept features; the next run encodes again what it needs. (`bsap doctor` shows how large they are.)"""
+    from bsap_utils import cache
+
+    files, size = cache.clear()
+    typer.echo(f"{files:,} files with {size / 1e6:,.1f} MB deleted from {shown(cache.folder() or Path('nowhere'))}")
+
+
+@kept.callback()
+def cache_group() -> None:
+    """Features that are kept, so that a second run encodes nothing."""
 
 
 if __name__ == "__main__":

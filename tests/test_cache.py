@@ -212,6 +212,14 @@ def test_usage_and_clear(few, counted, kept):
     assert again.images
 
 
+def test_bsap_cache_clear_says_what_it_did(few, counted, kept):
+    counted().encode_regions(few, ground_truth(few), ["crop"])
+    command = [sys.executable, "-m", "bsap_utils.cli", "cache", "clear"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"3 files with 0.0 MB deleted from {kept}" in done.stdout, done.stderr
+    assert cache.usage() == (0, 0)
+
+
 def test_without_a_folder_nothing_is_kept(few, counted, monkeypatch, tmp_path):
     monkeypatch.setenv("BSAP_CACHE", "")
     for scorer in (counted(), counted()):
