@@ -175,8 +175,9 @@ def typical_scenes(
     """Return a typical expression that only BSAP gets right, and one that only CLIP does, with all candidates' scores.
 
     Typical: the one whose two picks differ in bias by the median of those expressions; to be seen in a picture: of those
-    (where there are such) that speak of attributes only and whose two picks do not overlap. `predictions` is `rec_predictions` of clip and bsap. Keys: image_id, text, outcome ("win", "loss"), truth (xywh),
-    clip and bsap (the rows picked), and candidates: their logit and bias, one row of `regions` each.
+    (where there are such) that speak of attributes only and whose two picks do not overlap. `predictions` is
+    `rec_predictions` of clip and bsap. Keys: image_id, text, outcome ("win", "loss"), truth (xywh), clip and bsap (the rows
+    of `regions` picked), and candidates: their logit and bias, one row of `regions` each.
     """
     wide = predictions.pivot(index="sent_id", columns="method", values=["region", "correct"])
     wide = wide.loc[ds.expressions.index]

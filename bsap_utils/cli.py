@@ -226,7 +226,8 @@ def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
         # with no kernel folder to look into, "python3" can only be the interpreter that runs this line
         kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # type: ignore[assignment]
 
-        async def start_kernel(self, **how: Any) -> None:  # figures show in the notebook whatever backend the shell has
+        async def start_kernel(self, **how: Any) -> None:  # type: ignore[override]
+            # figures show in the notebook, whatever backend the shell names
             await super().start_kernel(env={**os.environ, "MPLBACKEND": INLINE}, **how)
 
     logging.getLogger("papermill").setLevel(logging.ERROR)

@@ -17,6 +17,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
@@ -198,8 +199,7 @@ def hero(ds: ReferDataset, regions: pd.DataFrame, scenes: Sequence[dict[str, Any
     """Show why CLIP and BSAP pick differently, a column for each of `analysis.typical_scenes`: the picture, and under it
     the `most` candidates with the highest logits (and BSAP's pick), each with its logit, its bias and what lies between.
     """
-    figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.07)  # type: ignore[union-attr]
+    figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7), layout=ConstrainedLayoutEngine(h_pad=0.07))
     panels: Any = figure.subplots(2, len(scenes), height_ratios=(2, 1), squeeze=False)
     for (above, below), scene in zip(panels.T, scenes, strict=True):
         image = posterize(ds.load_image(scene["image_id"]), 5)
@@ -209,7 +209,9 @@ def hero(ds: ReferDataset, regions: pd.DataFrame, scenes: Sequence[dict[str, Any
         above.imshow(image, interpolation="nearest")
         above.set_autoscale_on(False)
         above.axis("off")
-        above.set_title(f"“{scene['text']}”: BSAP {'mends' if scene['outcome'] == 'win' else 'breaks'} it", weight="bold")
+        above.set_title(
+            f"“{scene['text']}”: BSAP {'mends' if scene['outcome'] == 'win' else 'breaks'} it", weight="bold"
+        )
         for row, name in picks.items():
             right = (name == "bsap") == (scene["outcome"] == "win")
             label = f"{METHOD_LABELS[name]}: {'right' if right else 'wrong'}"
@@ -238,8 +240,14 @@ def hero(ds: ReferDataset, regions: pd.DataFrame, scenes: Sequence[dict[str, Any
     marks = [Line2D([], [], marker="o", linestyle="", color=METHOD_COLOURS["clip"]),
              Line2D([], [], marker="_", linestyle="", color="0.2", markersize=10, markeredgewidth=2),
              Line2D([], [], color=METHOD_COLOURS["bsap"], linewidth=5, solid_capstyle="butt")]  # fmt: skip
-    said = ["logit s: CLIP takes the highest", "bias: its level with the auxiliary prompts", "s − bias: BSAP takes the highest"]
-    figure.legend(marks, said, loc="outside lower center", ncols=3, handletextpad=0.4, columnspacing=1.2, handlelength=1.2)
+    said = [
+        "logit s: CLIP takes the highest",
+        "bias: its level with the auxiliary prompts",
+        "s − bias: BSAP takes the highest",
+    ]
+    figure.legend(
+        marks, said, loc="outside lower center", ncols=3, handletextpad=0.4, columnspacing=1.2, handlelength=1.2
+    )
     return figure
 
 
