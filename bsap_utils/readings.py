@@ -250,8 +250,8 @@ def rec_answer(table: pd.DataFrame, compared: str = "bsap", temperature: float =
     name, leader = (_SAID.get(str(one.name), str(one.name)) for one in (row, best))
     return (
         f"{_place(row.dataset, row.split)} {name} (T = {temperature:g}, bank “{row.aux_bank}”) is {_verdict(row)}: right for "
-        f"{row.accuracy:.1f} % of {row.n:,} expressions, CLIP for {last.loc['clip', 'accuracy']:.1f} % ({_gap(row)}). The "
-        f"highest number of all {len(last)} methods, found after the fact, has {leader}: {best.accuracy:.1f} % ({_gap(best)})."
+        f"{row.accuracy:.1f} % of {row.n:,} expressions, CLIP for {last.loc['clip', 'accuracy']:.1f} % ({_gap(row)}). Of "
+        f"all {len(last)} methods {leader} comes out highest, found after the fact: {best.accuracy:.1f} % ({_gap(best)})."
     )
 
 
