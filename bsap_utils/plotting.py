@@ -63,7 +63,10 @@ def with_palette(picture: Image, colours: int = 128) -> Image:
     """Return a photograph in few colours, dithered: much the same to the eye, and a PNG of it is half as large or less."""
     # the default, median cut, loses what is small and bright; and PIL dithers only onto a palette that it is given
     picture = picture.convert("RGB")
-    palette = posterize(picture, 5).quantize(colours, Quantize.MAXCOVERAGE)  # of all 16 million it would take a minute
+    coarse = posterize(picture, 5).point(
+        lambda value: value * 255 // 248
+    )  # of 16 million colours it would take a minute
+    palette = coarse.quantize(colours, Quantize.MAXCOVERAGE)
     return picture.quantize(palette=palette, dither=Dither.FLOYDSTEINBERG)
 
 

@@ -117,11 +117,13 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode, parameters: dic
         if cell.cell_type == "code":
             count += bool(cell.source.strip())
             cell.execution_count = count if cell.source.strip() else None
+            volatile = "volatile" in cell.metadata.get("tags", [])
+            outputs = [output for output in done.outputs if output.output_type == "error" or not volatile]
             try:
-                cell.outputs = [kept for output in done.outputs if (kept := clean(output, styles))]
+                cell.outputs = [kept for output in outputs if (kept := clean(output, styles))]
             except ValueError as e:
                 raise ValueError(f"cell [{count}] has {e}") from None
-            if "volatile" in cell.metadata.get("tags", []) and cell.outputs:
+            if volatile and done.outputs:
                 cell.outputs = [nbformat.v4.new_output("display_data", {"text/markdown": LEFT_OUT})]
     return result
 

@@ -1,6 +1,7 @@
 """Rendered notebooks: what may stand in a commit, how it gets there, and whether the committed ones are in order."""
 
 import base64
+import copy
 import io
 import json
 
@@ -52,7 +53,8 @@ OUTPUTS = {
     ],
     "table": [shown(html='<style>#T_0a1b2_row0 {}</style><table id="T_0a1b2">', plain="<Styler at 0x7f12ab>"),
               shown(html='<table id="T_ffff0">')],
-    "timing": [new_output("stream", name="stdout", text="12.5 ms"), shown(png=PICTURE)],
+    "timing": [new_output("stream", name="stdout", text="12.5 ms"), shown(png=PICTURE),
+               new_output("stream", name="stderr", text="a log of a library")],
     "value": [new_output("execute_result", {"text/plain": "<object at 0x7f00aa12>"}, execution_count=9)],
     "explorer": [shown(widget={"model_id": "cd"}, plain="interactive(...)"), shown(png=PICTURE, widget={"model_id": "ef"})],
 }  # fmt: skip
@@ -78,7 +80,7 @@ def executed(parameters: dict = PARAMETERS) -> nbformat.NotebookNode:
     notebook.cells.insert(2, new_code_cell('SIZE = 3\nNAME = "b"', metadata={"tags": ["injected-parameters"]}))
     for count, cell in enumerate(notebook.cells[1:], 1):
         cell.execution_count, cell.metadata["papermill"] = count, {"duration": 0.123}
-        cell.outputs = OUTPUTS.get(cell.source, [])
+        cell.outputs = copy.deepcopy(OUTPUTS.get(cell.source, []))
     notebook.metadata["widgets"] = {"state": "x" * 1000}
     given = {**parameters, "OUT_DIR": "runs/x"}
     notebook.metadata["papermill"] = {"parameters": given, "end_time": "2026-01-01", "exception": None}
@@ -133,6 +135,13 @@ def test_errors_and_warnings_are_not_hidden(output, message):
         render.with_outputs(written(), run, PARAMETERS)
 
 
+def test_an_error_in_a_volatile_cell_is_not_hidden_either():
+    run = executed()
+    run.cells[5].outputs.append(new_output("error", ename="KeyError", evalue="'x'", traceback=[]))
+    with pytest.raises(ValueError, match=r"cell \[4\] has KeyError"):
+        render.with_outputs(written(), run, PARAMETERS)
+
+
 @pytest.mark.parametrize("size", [(60, 40), (300, 200), (900, 700)])
 def test_a_picture_is_made_to_fit_and_stays_a_picture(size):
     small, original = png(*size), png(*size, noise=True)
@@ -144,10 +153,12 @@ def test_a_picture_is_made_to_fit_and_stays_a_picture(size):
     assert np.asarray(picture.convert("RGB")).std() > 20
 
 
-def test_a_photograph_keeps_its_small_bright_things():
+def test_a_photograph_keeps_its_small_bright_things_and_white_paper():
     pixels = np.random.default_rng(0).integers(90, 140, (300, 400, 3)).astype(np.uint8)
+    pixels[:60] = 255
     pixels[100:110, 200:210] = 250, 210, 20  # a yellow thing of 100 pixels among 120,000
     picture = np.asarray(results.with_palette(Image.fromarray(pixels), 64).convert("RGB")).astype(int)
+    assert (picture[:60] == 255).all()
     assert np.abs(picture[100:110, 200:210].mean((0, 1)) - [250, 210, 20]).max() < 12
 
 
