@@ -51,15 +51,16 @@ def sample_parameters(notebooks: list[Path]) -> dict[str, dict[str, Any]]:
     return {stem: cli.settings(stem, content["all"] | content.get(stem, {}), known[stem]) for stem in known}
 
 
-def code(notebook: NotebookNode) -> list[str]:
-    """Return the sources of the code cells, less what papermill put in."""
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Return the code cells, less what papermill put in."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    return [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
 def fingerprint(notebook: NotebookNode, parameters: dict[str, Any]) -> str:
     """Return the hash of all that outputs depend on in the notebook itself: code and parameters."""
-    return hashlib.sha256(json.dumps([code(notebook), parameters], sort_keys=True).encode()).hexdigest()
+    sources = [cell.source for cell in code_cells(notebook)]
+    return hashlib.sha256(json.dumps([sources, parameters], sort_keys=True).encode()).hexdigest()
 
 
 def fit(png: bytes, most: int = MOST_PICTURE_BYTES) -> tuple[str, bytes]:
@@ -111,20 +112,18 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode, parameters: dic
     result, styles = nbformat.from_dict(json.loads(json.dumps(notebook))), dict[str, str]()
     made_with = {"made_with": fingerprint(notebook, parameters)}
     result.metadata = nbformat.from_dict({"kernelspec": notebook.metadata.kernelspec, "bsap": made_with})
-    ran = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     count = 0
-    for cell, done in zip(result.cells, ran, strict=True):
-        if cell.cell_type == "code":
-            count += bool(cell.source.strip())
-            cell.execution_count = count if cell.source.strip() else None
-            volatile = "volatile" in cell.metadata.get("tags", [])
-            outputs = [output for output in done.outputs if output.output_type == "error" or not volatile]
-            try:
-                cell.outputs = [kept for output in outputs if (kept := clean(output, styles))]
-            except ValueError as e:
-                raise ValueError(f"cell [{count}] has {e}") from None
-            if volatile and done.outputs:
-                cell.outputs = [nbformat.v4.new_output("display_data", {"text/markdown": LEFT_OUT})]
+    for cell, done in zip(code_cells(result), code_cells(executed), strict=True):
+        count += bool(cell.source.strip())
+        cell.execution_count = count if cell.source.strip() else None
+        volatile = "volatile" in cell.metadata.get("tags", [])
+        outputs = [output for output in done.outputs if output.output_type == "error" or not volatile]
+        try:
+            cell.outputs = [kept for output in outputs if (kept := clean(output, styles))]
+        except ValueError as e:
+            raise ValueError(f"cell [{count}] has {e}") from None
+        if volatile and done.outputs:
+            cell.outputs = [nbformat.v4.new_output("display_data", {"text/markdown": LEFT_OUT})]
     return result
 
 
@@ -178,13 +177,15 @@ def problems(notebook: NotebookNode, appendix: bool, parameters: dict[str, Any])
     large = [len(base64.b64decode(value)) for kind, value in data if kind.startswith("image/")]
     if any(size > MOST_PICTURE_BYTES for size in large):
         found.append(f"a figure has {max(large):,} bytes, more than {MOST_PICTURE_BYTES:,}")
-    if not large and any("plotting.save(" in source for source in code(notebook)):
+    if not large and any("plotting.save(" in cell.source for cell in cells):
         found.append("it saves figures and shows none")
     texts = [output.text for output in outputs if "text" in output] + [v for k, v in data if k.startswith("text/")]
     paths = [match[0] for text in [*texts, json.dumps(notebook.metadata)] for match in ABSOLUTE.finditer(text)]
     if paths:
         found.append(f"its outputs or metadata have a path of one machine: {paths[0]}…")
-    if any("papermill" in part.metadata for part in (notebook, *notebook.cells)) or len(code(notebook)) < len(cells):
+    if any("papermill" in part.metadata for part in (notebook, *notebook.cells)) or len(code_cells(notebook)) < len(
+        cells
+    ):
         found.append("papermill's marks are in it")
     if any("volatile" in c.metadata.get("tags", []) and c.outputs and LEFT_OUT not in str(c.outputs) for c in cells):
         found.append("a volatile cell has kept its output")
@@ -200,12 +201,8 @@ def newest_run(path: Path, notebook: NotebookNode, parameters: dict[str, Any]) -
         executed = nbformat.read(file, as_version=4)
         marks = executed.metadata.get("papermill", {})
         given = {name: value for name, value in marks.get("parameters", {}).items() if name != "OUT_DIR"}
-        if (
-            marks.get("end_time")
-            and not marks.get("exception")
-            and given == parameters
-            and code(executed) == code(notebook)
-        ):
+        finished = marks.get("end_time") and not marks.get("exception")
+        if finished and fingerprint(executed, given) == fingerprint(notebook, parameters):
             return executed
     raise ValueError("no finished run of this code with the sample's parameters is in runs/; make render makes one")
 

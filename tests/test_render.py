@@ -111,6 +111,13 @@ def test_outputs_are_taken_and_cleaned_and_sources_stay(rendered):
     nbformat.validate(rendered)
 
 
+def test_text_may_be_written_after_the_run():
+    later = written()
+    later.cells.insert(3, new_markdown_cell("A paragraph more.", id="more"))
+    result = render.with_outputs(later, executed(), PARAMETERS)
+    assert render.problems(result, False, PARAMETERS) == [] and result.cells[4].outputs
+
+
 def test_the_same_run_gives_the_same_bytes_and_another_one_differs_in_numbers_only(rendered):
     again = executed()
     for output in (
