@@ -131,7 +131,8 @@ def notebooks_block(notebooks: Path, folder: Path) -> str:
 
     Links are relative to the repository. Raises ValueError for a notebook whose first cell asks no **Question.**
     """
-    lines = ["| notebook | question | |", "| --- | --- | --- |"]
+    room = "&nbsp;" * 48  # code hosts shrink the pictures of a table to nothing, but not what cannot be broken
+    lines = [f"| notebook | question | {room} |", "| --- | --- | --- |"]
     for path in sorted(notebooks.glob("*.ipynb")):
         first = nbformat.read(path, as_version=4).cells[0].source
         asked = re.search(r"\*\*Question\.\*\*\s+(.*?\?)", first, re.DOTALL)
