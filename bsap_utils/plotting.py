@@ -61,11 +61,10 @@ def save(figure: Figure, stem: Path | str) -> None:
 
 def with_palette(picture: Image, colours: int = 128) -> Image:
     """Return a photograph in few colours, dithered: much the same to the eye, and a PNG of it is half as large or less."""
-    # the default, median cut, loses what is small and bright; and PIL dithers only onto a palette that it is given
+    # the default, median cut, loses what is small and bright; and PIL dithers only onto a palette that it is given, which
+    # of all 16 million colours would take a minute: so of 32,768, white among them
     picture = picture.convert("RGB")
-    coarse = posterize(picture, 5).point(
-        lambda value: value * 255 // 248
-    )  # of 16 million colours it would take a minute
+    coarse = posterize(picture, 5).point(lambda value: value * 255 // 248)
     palette = coarse.quantize(colours, Quantize.MAXCOVERAGE)
     return picture.quantize(palette=palette, dither=Dither.FLOYDSTEINBERG)
 

@@ -183,9 +183,8 @@ def problems(notebook: NotebookNode, appendix: bool, parameters: dict[str, Any])
     paths = [match[0] for text in [*texts, json.dumps(notebook.metadata)] for match in ABSOLUTE.finditer(text)]
     if paths:
         found.append(f"its outputs or metadata have a path of one machine: {paths[0]}…")
-    if any("papermill" in part.metadata for part in (notebook, *notebook.cells)) or len(code_cells(notebook)) < len(
-        cells
-    ):
+    marked = any("papermill" in part.metadata for part in (notebook, *notebook.cells))
+    if marked or len(code_cells(notebook)) < len(cells):
         found.append("papermill's marks are in it")
     if any("volatile" in c.metadata.get("tags", []) and c.outputs and LEFT_OUT not in str(c.outputs) for c in cells):
         found.append("a volatile cell has kept its output")
@@ -215,9 +214,9 @@ def main() -> None:
     for path, notebook in notebooks.items():
         appendix, parameters = not numbered(path), sample[path.stem]
         try:
-            result = (
-                notebook if appendix else with_outputs(notebook, newest_run(path, notebook, parameters), parameters)
-            )
+            result = notebook
+            if not appendix:
+                result = with_outputs(notebook, newest_run(path, notebook, parameters), parameters)
             if "<!-- answer -->" in notebook.cells[0].source and not appendix:
                 answer = (ROOT / f"figures/sample/answer_{path.stem}.md").read_text(encoding="utf-8")
                 block = answer_block(answer, parameters, cli.declared(path))

@@ -161,7 +161,9 @@ def test_a_picture_is_made_to_fit_and_stays_a_picture(size):
 
 
 def test_a_photograph_keeps_its_small_bright_things_and_white_paper():
-    pixels = np.random.default_rng(0).integers(90, 140, (300, 400, 3)).astype(np.uint8)
+    noise = np.random.default_rng(0).normal(0, 10, (300, 400, 3))
+    meadow = np.array([60, 110, 60]) + np.linspace(0, 120, 400)[:, None] * [0, 0.5, 1] + noise
+    pixels = meadow.clip(0, 255).astype(np.uint8)
     pixels[:60] = 255
     pixels[100:110, 200:210] = 250, 210, 20  # a yellow thing of 100 pixels among 120,000
     picture = np.asarray(results.with_palette(Image.fromarray(pixels), 64).convert("RGB")).astype(int)
@@ -278,7 +280,13 @@ def test_one_command_renders_everything_and_again_changes_nothing(repository):
 
 
 @pytest.mark.parametrize(
-    ("broken", "message"), [("code", "no finished run"), ("answer", "answer_07_title"), ("error", "cell .6. has E: no")]
+    ("broken", "message"),
+    [
+        ("code", "07_title.*no finished run"),
+        ("answer", "answer_07_title"),
+        ("error", "cell .6. has E: no"),
+        ("appendix", "A1_more.*keeps no outputs"),
+    ],
 )
 def test_where_one_cannot_be_rendered_none_is_changed(repository, broken, message):
     file = repository / "notebooks/07_title.ipynb"
@@ -288,6 +296,10 @@ def test_where_one_cannot_be_rendered_none_is_changed(repository, broken, messag
         nbformat.write(changed, file)
     elif broken == "answer":
         (repository / "figures/sample/answer_07_title.md").unlink()
+    elif broken == "appendix":
+        appendix = nbformat.read(repository / "notebooks/A1_more.ipynb", as_version=4)
+        appendix.cells[1].outputs = [new_output("stream", name="stdout", text="x")]
+        nbformat.write(appendix, repository / "notebooks/A1_more.ipynb")
     else:
         run = executed()
         run.cells[-1].outputs = [new_output("error", ename="E", evalue="no", traceback=[])]

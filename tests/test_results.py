@@ -90,6 +90,9 @@ def test_thumbnails_are_small_whole_and_of_the_named_figure(clone, monkeypatch):
         and thumbs["thumb_02_two.png"].convert("RGB").getpixel((9, 9))[2] > 200
     )
     assert all((folder / name).stat().st_size <= 30_000 for name in thumbs)
+    results.write_thumbnails(folder, most=20_000)
+    assert (folder / "thumb_01_one.png").stat().st_size <= 20_000
+    results.write_thumbnails(folder)
     first = [path.read_bytes() for path in sorted(folder.glob("thumb_*"))]
     monkeypatch.delitem(results.THUMBNAILS, "02_two")
     results.write_thumbnails(folder)
