@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 
 from .analysis import best_level
 from .evaluation import ORACLE
-
-if TYPE_CHECKING:
-    pass
-
 
 _SAID = {"clip": "CLIP", "bsap": "BSAP", "bsap_h": "BSAP-H", "bsap_minmax": "BSAP min–max", "bsap_zscore": "BSAP z-score",
          "dn": "distribution normalization", "nnn": "NNN", "qb_norm": "QB-Norm"}  # fmt: skip
