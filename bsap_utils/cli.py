@@ -43,6 +43,7 @@ from bsap_utils import ROOT as CLONE
 from bsap_utils import __version__
 
 ROOT = CLONE if (CLONE / "notebooks").is_dir() else Path.cwd()  # installed without the clone: where the user stands
+INLINE = "module://matplotlib_inline.backend_inline"
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pandas", "numpy", "bsap-utils")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -225,6 +226,10 @@ def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
     class ThisPython(AsyncKernelManager):
         # with no kernel folder to look into, "python3" can only be the interpreter that runs this line
         kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # type: ignore[assignment]
+
+        async def start_kernel(self, **how: Any) -> None:  # type: ignore[override]
+            # figures show in the notebook, whatever backend the shell names
+            await super().start_kernel(env={**os.environ, "MPLBACKEND": INLINE}, **how)
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     how = {"kernel_name": "python3", "language": "python", "kernel_manager_class": ThisPython, "cwd": ROOT}

@@ -17,10 +17,15 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
-from PIL.Image import Image
+from matplotlib.ticker import MaxNLocator
+from PIL.Image import Dither, Image, Quantize
+from PIL.ImageOps import posterize
 
-from .datasets import ReferDataset
+from .datasets import XYWH, ReferDataset
 from .proposals import decode_masks
 from .visual_prompts import VISUAL_PROMPTS, patch_masks, show_regions, squash
 
@@ -52,6 +57,16 @@ def save(figure: Figure, stem: Path | str) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         figure.savefig(stem.with_name(stem.name + suffix), metadata=metadata)
+
+
+def with_palette(picture: Image, colours: int = 128) -> Image:
+    """Return a photograph in few colours, dithered: much the same to the eye, and a PNG of it is half as large or less."""
+    # the default, median cut, loses what is small and bright; and PIL dithers only onto a palette that it is given, which
+    # of all 16 million colours would take a minute: so of 32,768, white among them
+    picture = picture.convert("RGB")
+    coarse = posterize(picture, 5).point(lambda value: value * 255 // 248)
+    palette = coarse.quantize(colours, Quantize.MAXCOVERAGE)
+    return picture.quantize(palette=palette, dither=Dither.FLOYDSTEINBERG)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8) -> Figure:
@@ -180,6 +195,62 @@ def scene_panel(ds: ReferDataset, scenes: pd.DataFrame, method: str = "bsap", co
             fontsize=7,
             color="0.3",
         )
+    return figure
+
+
+def hero(ds: ReferDataset, regions: pd.DataFrame, scenes: Sequence[dict[str, Any]], most: int = 8) -> Figure:
+    """Show why CLIP and BSAP pick differently, a column for each of `analysis.typical_scenes`: the picture, and under it
+    the `most` candidates with the highest logits (and BSAP's pick), each with its logit, its bias and what lies between.
+    """
+    figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7), layout=ConstrainedLayoutEngine(h_pad=0.07))
+    panels: Any = figure.subplots(2, len(scenes), height_ratios=(2, 1), squeeze=False)
+    for (above, below), scene in zip(panels.T, scenes, strict=True):
+        image = posterize(ds.load_image(scene["image_id"]), 5)
+        picks = {scene[name]: name for name in ("clip", "bsap")}
+        scored = scene["candidates"].sort_values("logit", ascending=False)
+        shown = scored[(np.arange(len(scored)) < most) | (scored.index == scene["bsap"])]
+        above.imshow(image, interpolation="nearest")
+        above.set_autoscale_on(False)
+        above.axis("off")
+        above.set_title(
+            f"“{scene['text']}”: BSAP {'mends' if scene['outcome'] == 'win' else 'breaks'} it", weight="bold"
+        )
+        for row, name in picks.items():
+            right = (name == "bsap") == (scene["outcome"] == "win")
+            label = f"{METHOD_LABELS[name]}: {'right' if right else 'wrong'}"
+            _outline(above, regions.loc[row, XYWH].tolist(), METHOD_COLOURS[name], label)
+        _outline(above, scene["truth"], TRUTH_COLOUR, "", dashed=True)
+        for x, (row, (logit, bias)) in enumerate(zip(shown.index, shown[["logit", "bias"]].to_numpy(), strict=True)):
+            colour = METHOD_COLOURS.get(picks.get(row, ""), "0.72")
+            below.vlines(x, logit, bias, color=colour if row == scene["bsap"] else "0.82", linewidth=5)
+            below.plot(x, bias, "_", color="0.2", markersize=14, markeredgewidth=2)
+            below.plot(x, logit, "o", color=METHOD_COLOURS["clip"], markersize=6)
+            x0, y0, width, height = regions.loc[row, XYWH]
+            crop = image.crop((x0, y0, x0 + max(width, 1), y0 + max(height, 1))).resize((40, 40))
+            picture = OffsetImage(np.asarray(crop), zoom=0.5, interpolation="nearest")
+            at = {"xycoords": below.get_xaxis_transform(), "annotation_clip": False}
+            below.add_artist(AnnotationBbox(picture, (x, 0), (0, -15), boxcoords="offset points", pad=0.15,
+                                            bboxprops={"edgecolor": colour, "linewidth": 2}, **at))  # fmt: skip
+            for name, value, down in (("clip", f"{logit:.1f}", -29), ("bsap", f"{logit - bias:+.1f}", -39)):
+                below.annotate(value.replace("-", "−"), (x, 0), (0, down), textcoords="offset points", ha="center", va="top",
+                               fontsize=7, color=METHOD_COLOURS[name] if row == scene[name] else "0.35",
+                               weight="bold" if row == scene[name] else "normal", **at)  # fmt: skip
+        for name, value, down in (("clip", "s", -29), ("bsap", "s − bias", -39)):
+            below.annotate(value, (0, 0), (-4, down), textcoords="offset points", ha="right", va="top", fontsize=7,
+                           color=METHOD_COLOURS[name], **{**at, "xycoords": "axes fraction"})  # fmt: skip
+        below.set(xticks=[], xlim=(-0.7, len(shown) - 0.3), ylabel="logit")
+        below.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    marks = [Line2D([], [], marker="o", linestyle="", color=METHOD_COLOURS["clip"]),
+             Line2D([], [], marker="_", linestyle="", color="0.2", markersize=10, markeredgewidth=2),
+             Line2D([], [], color=METHOD_COLOURS["bsap"], linewidth=5, solid_capstyle="butt")]  # fmt: skip
+    said = [
+        "logit s: CLIP takes the highest",
+        "bias: its level with the auxiliary prompts",
+        "s − bias: BSAP takes the highest",
+    ]
+    figure.legend(
+        marks, said, loc="outside lower center", ncols=3, handletextpad=0.4, columnspacing=1.2, handlelength=1.2
+    )
     return figure
 
 
