@@ -1,0 +1,413 @@
+"""Features of millions of images, for a `retrieval.BalancedIndex`: `bsap embed SOURCE OUT`, in this process or over Ray.
+
+SOURCE is a folder of images (id: the path in it), parquet with image bytes (a column `image` or `bytes`, or Hugging Face's
+struct {bytes, path}; id: the column `id`, `image_id`, `key` or `__key__`, else file and row), or WebDataset's tars (id: the
+member's name without its suffix). OUT then holds
+
+    features/*.parquet   id, feature (D float32, a unit vector), bias (float32, `region_bias`): one file a shard of SOURCE
+    errors.parquet       id, shard, error: the images that could not be read
+    auxiliary.parquet    text, feature: the bank behind the bias, and what any other method's shift is made of
+    embedding.json       what made them: model, hash of its weights, precision, logit scale, bank, temperature, versions
+
+SOURCE is cut into the same shards each time. A shard is written to a temporary name and renamed when it is complete; the
+next run makes only those that are not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import platform
+import tarfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import metadata
+from itertools import chain, groupby, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as transforms
+
+from .aux_prompts import auxiliary_prompts
+from .normalization import region_bias_from_features
+from .scoring import TEMPLATE, ClipScorer
+from .visual_prompts import squash
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+IMAGE_COLUMNS, ID_COLUMNS = ("image", "bytes"), ("id", "image_id", "key", "__key__")
+ROWS = 256  # images decoded at a time: 37 MiB of pixels at 224 × 224
+PACKAGES = ("bsap-utils", "torch", "torchvision", "open_clip_torch", "ray")
+Batch = dict[str, np.ndarray]  # one row an image
+Shard = dict[str, Any]
+say = partial(print, flush=True)
+
+
+class EmbeddingError(RuntimeError):
+    """A source, a folder or a cluster that cannot be used. The message says what to do."""
+
+
+def plan(source: Path, shard_size: int = 1024) -> tuple[list[Shard], int]:
+    """Cut a source into shards, and count the files that were left aside: a folder's tars go before its parquet and images.
+
+    A shard is `shard_size` images of a folder in the order of their names, the row groups of a parquet file that begin
+    within the same `shard_size` rows, or a whole tar. Its name ends in a hash of what it holds. Raises EmbeddingError.
+    """
+    if not source.exists():
+        raise EmbeddingError(f"{source}: no such file or folder.")
+    root = source.parent if source.is_file() else source
+    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    kinds = (
+        [path for path in found if path.suffix.lower() in suffixes] for suffixes in ({".tar"}, {".parquet"}, SUFFIXES)
+    )
+    paths = next(filter(None, kinds), [])
+    shards: list[Shard] = []
+    if paths and paths[0].suffix.lower() in SUFFIXES:
+        for start in range(0, len(paths), shard_size):
+            files = [path.relative_to(root).as_posix() for path in paths[start : start + shard_size]]
+            shards.append({"name": f"images-{start:09d}", "files": files})
+    else:
+        shards = [shard for path in paths for shard in _of_file(path, path.relative_to(root), shard_size)]
+    if not shards:
+        raise EmbeddingError(f"{source} has no images: no row in parquet, no tar, and no file that ends in one of "
+                             f"{' '.join(sorted(SUFFIXES))} ({len(found):,} files in all).")  # fmt: skip
+    for shard in shards:  # hashed without its place: the source may have moved by the next run
+        shard["name"] += "-" + hashlib.sha256(json.dumps(shard | {"path": ""}).encode()).hexdigest()[:8]
+    return [{"path": str(root)} | shard for shard in shards], len(found) - len(paths)
+
+
+def _of_file(path: Path, name: Path, shard_size: int) -> Iterator[Shard]:
+    stem = name.with_suffix("").as_posix().replace("/", "--")
+    if path.suffix.lower() == ".tar":
+        yield {"name": stem, "path": str(path), "size": path.stat().st_size}
+        return
+    try:
+        described = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise EmbeddingError(f"{path} is damaged, or no parquet: {error}. Get it again, or take it away.") from error
+    schema = described.schema.to_arrow_schema()
+    if not _image_column(schema):
+        raise EmbeddingError(f"{path} has no column {' or '.join(IMAGE_COLUMNS)} of bytes, but {', '.join(schema.names)}. "
+                             "Rename the one that has the images.")  # fmt: skip
+    rows = [described.row_group(i).num_rows for i in range(described.num_row_groups)]
+    starts = np.cumsum([0, *rows])
+    for number, together in groupby((i for i, n in enumerate(rows) if n), lambda i: starts[i] // shard_size):
+        groups = list(together)
+        first = int(starts[groups[0]])
+        yield {"name": f"{stem}-{number:05d}", "path": str(path), "groups": groups, "first": first,
+               "rows": [rows[i] for i in groups]}  # fmt: skip
+
+
+def _image_column(schema: pa.Schema) -> str | None:
+    kinds = {name: schema.field(name).type for name in IMAGE_COLUMNS if name in schema.names}
+    inner = {name: kind.field("bytes").type if pa.types.is_struct(kind) else kind for name, kind in kinds.items()}
+    return next((n for n, kind in inner.items() if pa.types.is_binary(kind) or pa.types.is_large_binary(kind)), None)
+
+
+def _images(shard: Shard) -> Iterator[tuple[str, bytes | Path | None]]:
+    """The id of each image of a shard, and its bytes or path."""
+    path = Path(shard["path"])
+    if "files" in shard:
+        yield from ((name, path / name) for name in shard["files"])
+    elif "groups" in shard:
+        with pq.ParquetFile(path) as file:
+            image = _image_column(file.schema_arrow)
+            key = [name for name in ID_COLUMNS if name in file.schema_arrow.names][:1]
+            batches = file.iter_batches(ROWS, row_groups=shard["groups"], columns=[image, *key])
+            for row, values in enumerate((row for batch in batches for row in batch.to_pylist()), shard["first"]):
+                content = values[image]
+                content = content["bytes"] if isinstance(content, dict) else content
+                yield str(values[key[0]]) if key else f"{path.stem}-{row:09d}", content
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                    yield member.name.rpartition(".")[0], archive.extractfile(member).read()  # type: ignore[union-attr]
+
+
+def _images_or_error(shard: Shard) -> Iterator[tuple[str, bytes | Path | None | Exception]]:
+    """`_images`; a shard that breaks off, or has no image, ends in a row that says so, and the job goes on."""
+    count = 0
+    try:
+        for image in _images(shard):
+            count += 1
+            yield image
+        if not count:
+            yield "", EmbeddingError("no image in it")
+    except Exception as error:  # damaged tars and parquet raise nearly anything
+        yield "", EmbeddingError(f"cannot be read on after {count} images: {type(error).__name__}: {error}")
+
+
+def decode(content: bytes | Path | None | Exception, size: int | tuple[int, int]) -> tuple[torch.Tensor | None, str]:
+    """Decode an image and squash it to the model's square: [3, size, size] uint8 and "", or None and what was wrong."""
+    try:
+        if isinstance(content, Exception):
+            raise content
+        content = content.read_bytes() if isinstance(content, Path) else content
+        if not content:
+            raise EmbeddingError("no bytes")
+        try:
+            pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:  # of a kind that only PIL knows; or broken, and PIL's reason is easier to read
+            pixels = transforms.pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
+        pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first picture of an animation
+        return squash(transforms.to_dtype(pixels, torch.uint8, scale=True), size), ""  # a PNG may have 16 bits
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
+        return None, str(error) if isinstance(error, EmbeddingError) else f"{type(error).__name__}: {error}"
+
+
+def read(shard: Shard, size: int | tuple[int, int], threads: int = 1) -> Iterator[Batch]:
+    """Decode a shard, `ROWS` images a batch: shard, place in it, total (of its images, in the last row), id, error, pixels.
+
+    `threads` decode the next batch while the caller works on this one. The pixels of a broken image are black.
+    """
+    blank = torch.zeros(3, *([size, size] if isinstance(size, int) else size), dtype=torch.uint8)
+    images, done = _images_or_error(shard), 0
+    with ThreadPoolExecutor(threads) as pool:
+        parts = iter(lambda: list(islice(images, ROWS)), [])
+        futures = ([(name, pool.submit(decode, content, size)) for name, content in part] for part in parts)
+        for batch, following in pairwise(chain(futures, [None])):
+            names, results = zip(*((name, future.result()) for name, future in batch or []), strict=True)
+            place = np.arange(done, done + len(names))
+            done += len(names)
+            yield {"shard": np.full(len(names), shard["name"]), "place": place, "id": np.array(names),
+                   "total": np.where((place == done - 1) & (following is None), done, 0),
+                   "error": np.array([error for _, error in results]),
+                   "pixels": torch.stack([blank if pixels is None else pixels for pixels, _ in results]).numpy()}  # fmt: skip
+
+
+def encode(scorer: ClipScorer, aux_features: torch.Tensor, temperature: float, batch: Batch) -> Batch:
+    """Replace the pixels of a batch by feature [n, D] and bias [n], in this process or in an actor's."""
+    features = scorer.encode_images(torch.tensor(batch["pixels"]))
+    bias = region_bias_from_features(features, aux_features, scorer.logit_scale, temperature)
+    worker = np.full(len(bias), f"{platform.node()}:{os.getpid()}")
+    rest = {key: values for key, values in batch.items() if key != "pixels"}
+    return rest | {"feature": features.numpy(), "bias": bias.numpy(), "worker": worker}
+
+
+class Encoder:
+    """`encode` as an actor of Ray, with a scorer of its own, which must have the weights that the job began with."""
+
+    def __init__(self, arguments: dict[str, Any], weights: str, *rest: Any) -> None:
+        if arguments["device"] == "cpu":
+            torch.set_num_threads(2)  # there is one encoder for two CPUs
+        self.scorer, self.rest = ClipScorer(**arguments), rest
+        if self.scorer.weights_hash() != weights:
+            raise EmbeddingError(
+                f"{platform.node()} has other weights of {arguments['model']} than those the job began with."
+            )
+
+    def __call__(self, batch: Batch) -> Batch:
+        return encode(self.scorer, *self.rest, batch)
+
+
+def _connect(address: str, num_gpus: int | None) -> tuple[int, int]:
+    """Start Ray on this machine, or join the cluster at `address`: its CPUs, and the GPUs to use."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to Ray's makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes back as an exception, too
+    import ray
+
+    if not ray.is_initialized():
+        import bsap_utils
+
+        # the nodes of a cluster need what is in pyproject.toml, but not this package: it is sent to them
+        how = (
+            {"address": address, "runtime_env": {"py_modules": [bsap_utils]}}
+            if address
+            else {"include_dashboard": False}
+        )
+        try:
+            ray.init(**how, logging_level="ERROR", log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            raise EmbeddingError(
+                f"No Ray cluster at {address}: {error}. `ray status` on its head says if it runs."
+            ) from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0))
+    if num_gpus is not None and num_gpus > gpus:
+        raise EmbeddingError(f"{num_gpus} GPUs were asked for, but Ray has {gpus}. Ask for fewer; 0 computes on CPUs.")
+    return int(there.get("CPU", 1)), gpus if num_gpus is None else num_gpus
+
+
+def _over_ray(todo: list[Shard], size: int | tuple[int, int], cpus: int, gpus: int, *encoder: Any) -> Iterator[Batch]:
+    """Read the shards in tasks and encode them in a pool of actors: each image once, in any order, whoever dies."""
+    import ray
+
+    # A task that reads must claim some CPU to start. Did the actors hold all of it, nobody could ever read, and the job
+    # would stand still for good. So an actor with a GPU claims no CPU; without GPUs each claims a quarter, and there is one
+    # for two CPUs: they hold an eighth of the cluster (on a single CPU, a quarter), which always leaves half a CPU free on
+    # some node, as much as a reading task claims. A claim only says who may start: all CPUs are put to work.
+    claims = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.25}
+    pool = ray.data.ActorPoolStrategy(size=min(gpus or max(cpus // 2, 1), len(todo)))
+    work = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
+    pixels = work.map_batches(lambda row: read(json.loads(row["shard"][0]), size), batch_size=1, num_cpus=0.5)
+    features = pixels.map_batches(Encoder, batch_size=None, compute=pool, fn_constructor_args=encoder, **claims)
+    try:
+        yield from features.iter_batches(batch_size=None, batch_format="numpy")
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise EmbeddingError(f"Ray stopped: {reason}. What is complete is kept; the same command goes on.") from error
+
+
+def _whole_shards(batches: Iterable[Batch]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Gather batches, of several shards and in any order, to whole shards in the order of their images."""
+    waiting: dict[str, list[pd.DataFrame]] = {}
+    for batch in batches:
+        frame = pd.DataFrame(batch | {"feature": list(batch["feature"])})
+        for name, rows in frame.groupby("shard"):
+            waiting.setdefault(name, []).append(rows)
+            if max(part["total"].max() for part in waiting[name]) == sum(map(len, waiting[name])):
+                yield name, pd.concat(waiting.pop(name)).sort_values("place")
+
+
+def _write(path: Path, columns: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    pq.write_table(pa.table(columns), part)
+    os.replace(part, path)
+
+
+def _feature_column(features: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.ravel(), pa.float32()), features.shape[1])
+
+
+def read_features(out: Path | str) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Read what `embed` wrote, shards in the order of their names: N ids, features [N, D] and biases [N]."""
+    table = pq.read_table(Path(out) / "features")
+    column = table["feature"].combine_chunks()
+    features = torch.tensor(column.flatten().to_numpy()).view(len(table), column.type.list_size)
+    return table["id"].to_pylist(), features, torch.tensor(table["bias"].to_numpy())
+
+
+def embed(source: Path | str, out: Path | str, model: str = "ViT-B-32", pretrained: str = "openai", *,
+          num_gpus: int | None = None, local: bool = False, address: str = "", bank: str = "coco80",
+          temperature: float = 1.0, precision: str = "auto", shard_size: int = 1024) -> dict[str, int]:  # fmt: skip
+    """Write features and biases of all images of `source` to `out` (the module says how), and return the counts.
+
+    With Ray installed, it runs over the cluster at `address` (or RAY_ADDRESS; "auto" is one that runs on this machine; ""
+    starts one here), with an actor for each of `num_gpus` GPUs (None: all there are; 0: on CPUs); without Ray, or `local`,
+    in this process. `bank` is `coco80`, `generic` or a text file, one auxiliary prompt a line; `temperature` is that of the
+    bias, which leaves SigLIP's logit bias out. `precision="auto"` is bf16 on GPUs, else fp32. Raises EmbeddingError,
+    ModelError, ValueError.
+    """
+    source, out = Path(source).resolve(), Path(out).resolve()
+    if out.is_relative_to(source):
+        raise EmbeddingError(
+            f"{out} lies in {source}: the next run would read what this one wrote. Choose another folder."
+        )
+    shards, aside = plan(source, shard_size)
+    say(f"{source}: {len(shards):,} shards" + (f"; {aside:,} other files were left aside" if aside else ""))
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    with_ray = not local and importlib.util.find_spec("ray") is not None
+    if address and not local and not with_ray:
+        raise EmbeddingError("Ray is not installed here: pip install 'bsap-utils[scale]', or use --local.")
+    arguments = {"model": _absolute(model), "pretrained": _absolute(pretrained), "precision": precision}
+    cpus, gpus = _connect(address, num_gpus) if with_ray else (0, 0)
+    if with_ray and precision == "auto":  # the same on all nodes
+        arguments["precision"] = "bf16" if gpus else "fp32"
+    # the driver of Ray only encodes the bank: it may run on a cluster's head, which often has no GPU
+    scorer = ClipScorer(**arguments, device="cpu" if with_ray or num_gpus == 0 else "auto")
+    texts = [TEMPLATE.format(text.lower()) for text in auxiliary_prompts(bank)]
+    aux_features, weights = scorer.encode_texts(texts), scorer.weights_hash()
+    region_bias_from_features(
+        aux_features[:1], aux_features, scorer.logit_scale, temperature
+    )  # refuses here, not there
+    made = {"model": model, "pretrained": pretrained if scorer.pretrained else "", "weights": weights,
+            "precision": scorer.precision, "dimensions": aux_features.shape[1], "logit_scale": scorer.logit_scale,
+            "logit_bias": scorer.logit_bias, "bank": bank, "texts": len(texts),
+            "texts_hash": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12], "temperature": temperature}  # fmt: skip
+    _enter(out / "embedding.json", made)
+    there = {path.stem for path in (out / "features").glob("*.parquet")}
+    strange = sorted(there - {shard["name"] for shard in shards})
+    if strange:
+        raise EmbeddingError(f"{len(strange):,} files in {out / 'features'}, e.g. {strange[0]}.parquet, are of no shard that "
+                             f"{source} has now: it, or the shard size, has changed. Remove them, or choose another folder.")  # fmt: skip
+    _write(out / "auxiliary.parquet", {"text": texts, "feature": _feature_column(aux_features.numpy())})
+    todo = [shard for shard in shards if shard["name"] not in there]
+    where = f"over Ray: {cpus} CPUs, {gpus} GPUs" if with_ray else f"in this process, on {scorer.device}"
+    say(f"{len(there):,} shards are there already, {len(todo):,} to do {where}")
+    rest, size = (aux_features, temperature), scorer.image_size
+    if with_ray and todo:
+        arguments["device"] = "cuda" if gpus else "cpu"
+        batches = _over_ray(todo, size, cpus, gpus, arguments, weights, *rest)
+    else:
+        read_here = chain.from_iterable(read(shard, size, os.cpu_count() or 1) for shard in todo)
+        batches = (encode(scorer, *rest, batch) for batch in read_here)
+    return _write_shards(out, there, len(todo), aux_features.shape[1], batches)
+
+
+def _write_shards(out: Path, there: set[str], todo: int, dimensions: int, batches: Iterable[Batch]) -> dict[str, int]:
+    errors = pd.DataFrame(columns=["id", "shard", "error"], dtype=str)
+    if (out / "errors.parquet").exists():
+        errors = pd.read_parquet(out / "errors.parquet")
+        errors = errors[errors["shard"].isin(there)]  # its errors are written before a shard, which may then be missing
+    start, made = time.monotonic(), 0
+    for number, (name, rows) in enumerate(_whole_shards(batches), 1):
+        broken = rows["error"] != ""
+        if broken.any():
+            errors = pd.concat([errors, rows.loc[broken, list(errors)]])
+            _write(out / "errors.parquet", {column: pa.array(errors[column], pa.string()) for column in errors})
+        good = rows[~broken]
+        features = np.stack(good["feature"]) if len(good) else np.empty((0, dimensions))
+        columns = {"id": pa.array(good["id"], pa.string()), "feature": _feature_column(features)}
+        _write(out / "features" / f"{name}.parquet", columns | {"bias": pa.array(good["bias"], pa.float32())})
+        made += len(good)
+        workers = ", ".join(sorted(set(rows["worker"])))
+        say(f"[{number:,}/{todo:,}] {name}: {len(good):,} images, {broken.sum():,} broken, by {workers}")
+    rate = made / max(time.monotonic() - start, 1e-9)
+    _write(out / "errors.parquet", {column: pa.array(errors[column], pa.string()) for column in errors})
+    ids = pq.read_table(out / "features", columns=["id"])["id"]
+    twice = len(ids) - len(ids.unique())
+    say(f"{len(ids):,} images are in {out / 'features'}, {made:,} of them new ({rate:,.0f} a second)")
+    if len(errors):
+        first = errors.iloc[0]
+        say(
+            f"{len(errors):,} could not be read (errors.parquet), e.g. {first['id'] or first['shard']}: {first['error']}"
+        )
+    if twice:
+        say(f"{twice:,} ids are not the first of their name. All are kept: a search may return the same id twice.")
+    return {"images": len(ids), "errors": len(errors), "duplicates": twice}
+
+
+def _absolute(name: str) -> str:
+    """A model's folder or file by its full path: the processes of Ray may stand elsewhere."""
+    prefix = "local-dir:" if name.startswith("local-dir:") else ""
+    path = Path(name.removeprefix(prefix))
+    return f"{prefix}{path.resolve()}" if prefix or path.is_file() else name
+
+
+def _enter(path: Path, made: dict[str, Any]) -> None:
+    """Write the settings, with versions, into a new OUT. Raises EmbeddingError where others made what is there."""
+    (path.parent / "features").mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text("utf-8"))
+            differ = [
+                f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in made if before.get(key) != made[key]
+            ]
+        except (ValueError, AttributeError) as error:
+            raise EmbeddingError(
+                f"{path} is damaged ({error}): what made its folder is unknown. Choose another."
+            ) from None
+        if differ:
+            raise EmbeddingError(f"{path.parent} was made with other settings: {'; '.join(differ)}. Features of both would not "
+                                 "compare: take the same settings, or another folder.")  # fmt: skip
+        return
+    installed = {each.name: each.version for each in metadata.distributions()}
+    versions = {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(made | {"versions": versions}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(part, path)
