@@ -27,20 +27,22 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import metadata
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+import torchvision
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as transforms
 
+from . import __version__
 from .aux_prompts import auxiliary_prompts
 from .normalization import region_bias_from_features
 from .scoring import TEMPLATE, ClipScorer
@@ -49,7 +51,7 @@ from .visual_prompts import squash
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 IMAGE_COLUMNS, ID_COLUMNS = ("image", "bytes"), ("id", "image_id", "key", "__key__")
 ROWS = 256  # images decoded at a time: 37 MiB of pixels at 224 × 224
-PACKAGES = ("bsap-utils", "torch", "torchvision", "open_clip_torch", "ray")
+ERRORS = pa.schema([(column, pa.string()) for column in ("id", "shard", "error")])
 Batch = dict[str, np.ndarray]  # one row an image
 Shard = dict[str, Any]
 say = partial(print, flush=True)
@@ -68,30 +70,30 @@ def plan(source: Path, shard_size: int = 1024) -> tuple[list[Shard], int]:
     if not source.exists():
         raise EmbeddingError(f"{source}: no such file or folder.")
     root = source.parent if source.is_file() else source
-    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    kinds = (
-        [path for path in found if path.suffix.lower() in suffixes] for suffixes in ({".tar"}, {".parquet"}, SUFFIXES)
-    )
-    paths = next(filter(None, kinds), [])
-    shards: list[Shard] = []
-    if paths and paths[0].suffix.lower() in SUFFIXES:
-        for start in range(0, len(paths), shard_size):
-            files = [path.relative_to(root).as_posix() for path in paths[start : start + shard_size]]
-            shards.append({"name": f"images-{start:09d}", "files": files})
+    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if not path.is_dir())
+    of_kind = [[p for p in found if p.suffix.lower() in kind] for kind in ({".tar"}, {".parquet"}, SUFFIXES)]
+    paths = next(filter(None, of_kind), [])
+    shards: list[Shard]
+    if paths and paths == of_kind[-1]:
+        files = [path.relative_to(root).as_posix() for path in paths]
+        shards = [{"name": f"images-{start:09d}", "path": "", "files": files[start : start + shard_size]}
+                  for start in range(0, len(files), shard_size)]  # fmt: skip
     else:
         shards = [shard for path in paths for shard in _of_file(path, path.relative_to(root), shard_size)]
     if not shards:
         raise EmbeddingError(f"{source} has no images: no row in parquet, no tar, and no file that ends in one of "
                              f"{' '.join(sorted(SUFFIXES))} ({len(found):,} files in all).")  # fmt: skip
-    for shard in shards:  # hashed without its place: the source may have moved by the next run
-        shard["name"] += "-" + hashlib.sha256(json.dumps(shard | {"path": ""}).encode()).hexdigest()[:8]
-    return [{"path": str(root)} | shard for shard in shards], len(found) - len(paths)
+    for shard in shards:
+        shard["name"] += "-" + hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:8]
+        shard["path"] = str(root / shard["path"])  # after the hash: the source may have moved by the next run
+    return shards, len(found) - len(paths)
 
 
 def _of_file(path: Path, name: Path, shard_size: int) -> Iterator[Shard]:
-    stem = name.with_suffix("").as_posix().replace("/", "--")
+    """The shards of a tar or a parquet file."""
+    shard: Shard = {"name": name.with_suffix("").as_posix().replace("/", "--"), "path": name.as_posix()}
     if path.suffix.lower() == ".tar":
-        yield {"name": stem, "path": str(path), "size": path.stat().st_size}
+        yield shard | {"size": path.stat().st_size}
         return
     try:
         described = pq.read_metadata(path)
@@ -105,15 +107,16 @@ def _of_file(path: Path, name: Path, shard_size: int) -> Iterator[Shard]:
     starts = np.cumsum([0, *rows])
     for number, together in groupby((i for i, n in enumerate(rows) if n), lambda i: starts[i] // shard_size):
         groups = list(together)
-        first = int(starts[groups[0]])
-        yield {"name": f"{stem}-{number:05d}", "path": str(path), "groups": groups, "first": first,
-               "rows": [rows[i] for i in groups]}  # fmt: skip
+        here = {"groups": groups, "rows": [rows[i] for i in groups], "first": int(starts[groups[0]])}
+        yield shard | {"name": f"{shard['name']}-{number:05d}"} | here
 
 
 def _image_column(schema: pa.Schema) -> str | None:
+    """The column with bytes, or a struct with `bytes` in it."""
     kinds = {name: schema.field(name).type for name in IMAGE_COLUMNS if name in schema.names}
-    inner = {name: kind.field("bytes").type if pa.types.is_struct(kind) else kind for name, kind in kinds.items()}
-    return next((n for n, kind in inner.items() if pa.types.is_binary(kind) or pa.types.is_large_binary(kind)), None)
+    inner = {name: [f.type for f in kind if f.name == "bytes"] if pa.types.is_struct(kind) else [kind]
+             for name, kind in kinds.items()}  # fmt: skip
+    return next((n for n, kind in inner.items() if kind and kind[0] in (pa.binary(), pa.large_binary())), None)
 
 
 def _images(shard: Shard) -> Iterator[tuple[str, bytes | Path | None]]:
@@ -141,8 +144,7 @@ def _images_or_error(shard: Shard) -> Iterator[tuple[str, bytes | Path | None | 
     """`_images`; a shard that breaks off, or has no image, ends in a row that says so, and the job goes on."""
     count = 0
     try:
-        for image in _images(shard):
-            count += 1
+        for count, image in enumerate(_images(shard), 1):  # noqa: B007
             yield image
         if not count:
             yield "", EmbeddingError("no image in it")
@@ -164,6 +166,8 @@ def decode(content: bytes | Path | None | Exception, size: int | tuple[int, int]
             pixels = transforms.pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
         pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first picture of an animation
         return squash(transforms.to_dtype(pixels, torch.uint8, scale=True), size), ""  # a PNG may have 16 bits
+    except UnidentifiedImageError:  # its own message is an address in memory
+        return None, "no image of a known kind"
     except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
         return None, str(error) if isinstance(error, EmbeddingError) else f"{type(error).__name__}: {error}"
 
@@ -188,7 +192,7 @@ def read(shard: Shard, size: int | tuple[int, int], threads: int = 1) -> Iterato
                    "pixels": torch.stack([blank if pixels is None else pixels for pixels, _ in results]).numpy()}  # fmt: skip
 
 
-def encode(scorer: ClipScorer, aux_features: torch.Tensor, temperature: float, batch: Batch) -> Batch:
+def encode(scorer: ClipScorer, batch: Batch, aux_features: torch.Tensor, temperature: float) -> Batch:
     """Replace the pixels of a batch by feature [n, D] and bias [n], in this process or in an actor's."""
     features = scorer.encode_images(torch.tensor(batch["pixels"]))
     bias = region_bias_from_features(features, aux_features, scorer.logit_scale, temperature)
@@ -210,7 +214,7 @@ class Encoder:
             )
 
     def __call__(self, batch: Batch) -> Batch:
-        return encode(self.scorer, *self.rest, batch)
+        return encode(self.scorer, batch, *self.rest)
 
 
 def _connect(address: str, num_gpus: int | None) -> tuple[int, int]:
@@ -223,38 +227,35 @@ def _connect(address: str, num_gpus: int | None) -> tuple[int, int]:
         import bsap_utils
 
         # the nodes of a cluster need what is in pyproject.toml, but not this package: it is sent to them
-        how = (
-            {"address": address, "runtime_env": {"py_modules": [bsap_utils]}}
-            if address
-            else {"include_dashboard": False}
-        )
+        how: dict[str, Any] = {"include_dashboard": False}
+        if address:
+            how = {"address": address, "runtime_env": {"py_modules": [bsap_utils]}}
         try:
-            ray.init(**how, logging_level="ERROR", log_to_driver=False)
+            ray.init(**how, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             raise EmbeddingError(
                 f"No Ray cluster at {address}: {error}. `ray status` on its head says if it runs."
             ) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
-    if num_gpus is not None and num_gpus > gpus:
+    cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
+    if (num_gpus or 0) > gpus:
         raise EmbeddingError(f"{num_gpus} GPUs were asked for, but Ray has {gpus}. Ask for fewer; 0 computes on CPUs.")
-    return int(there.get("CPU", 1)), gpus if num_gpus is None else num_gpus
+    return cpus, gpus if num_gpus is None else num_gpus
 
 
 def _over_ray(todo: list[Shard], size: int | tuple[int, int], cpus: int, gpus: int, *encoder: Any) -> Iterator[Batch]:
     """Read the shards in tasks and encode them in a pool of actors: each image once, in any order, whoever dies."""
     import ray
 
-    # A task that reads must claim some CPU to start. Did the actors hold all of it, nobody could ever read, and the job
-    # would stand still for good. So an actor with a GPU claims no CPU; without GPUs each claims a quarter, and there is one
-    # for two CPUs: they hold an eighth of the cluster (on a single CPU, a quarter), which always leaves half a CPU free on
-    # some node, as much as a reading task claims. A claim only says who may start: all CPUs are put to work.
-    claims = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.25}
+    # A task that reads must claim a CPU to start. Did the actors hold all of them, nobody could ever read, and the job would
+    # stand still for good. So an actor with a GPU claims no CPU, nor does the only one on a single CPU; else there is one
+    # actor for two CPUs and it claims a quarter: too few and too little to leave no node with a whole CPU free. A claim
+    # only says who may start; all CPUs are put to work.
+    claims = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.25 if cpus > 1 else 0}
     pool = ray.data.ActorPoolStrategy(size=min(gpus or max(cpus // 2, 1), len(todo)))
     work = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
-    pixels = work.map_batches(lambda row: read(json.loads(row["shard"][0]), size), batch_size=1, num_cpus=0.5)
+    pixels = work.map_batches(lambda row: read(json.loads(row["shard"][0]), size), batch_size=1, num_cpus=1)
     features = pixels.map_batches(Encoder, batch_size=None, compute=pool, fn_constructor_args=encoder, **claims)
     try:
         yield from features.iter_batches(batch_size=None, batch_format="numpy")
@@ -274,9 +275,9 @@ def _whole_shards(batches: Iterable[Batch]) -> Iterator[tuple[str, pd.DataFrame]
                 yield name, pd.concat(waiting.pop(name)).sort_values("place")
 
 
-def _write(path: Path, columns: dict[str, Any]) -> None:
+def _write(path: Path, table: pa.Table) -> None:
     part = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.table(columns), part)
+    pq.write_table(table, part)
     os.replace(part, path)
 
 
@@ -305,109 +306,87 @@ def embed(source: Path | str, out: Path | str, model: str = "ViT-B-32", pretrain
     """
     source, out = Path(source).resolve(), Path(out).resolve()
     if out.is_relative_to(source):
-        raise EmbeddingError(
-            f"{out} lies in {source}: the next run would read what this one wrote. Choose another folder."
-        )
+        raise EmbeddingError(f"{out} lies in {source}: the next run would read what this one wrote. Choose another.")
     shards, aside = plan(source, shard_size)
     say(f"{source}: {len(shards):,} shards" + (f"; {aside:,} other files were left aside" if aside else ""))
     address = address or os.environ.get("RAY_ADDRESS", "")
     with_ray = not local and importlib.util.find_spec("ray") is not None
     if address and not local and not with_ray:
         raise EmbeddingError("Ray is not installed here: pip install 'bsap-utils[scale]', or use --local.")
-    arguments = {"model": _absolute(model), "pretrained": _absolute(pretrained), "precision": precision}
     cpus, gpus = _connect(address, num_gpus) if with_ray else (0, 0)
     if with_ray and precision == "auto":  # the same on all nodes
-        arguments["precision"] = "bf16" if gpus else "fp32"
+        precision = "bf16" if gpus else "fp32"
     # the driver of Ray only encodes the bank: it may run on a cluster's head, which often has no GPU
-    scorer = ClipScorer(**arguments, device="cpu" if with_ray or num_gpus == 0 else "auto")
+    scorer = ClipScorer(model, pretrained, "cpu" if with_ray or num_gpus == 0 else "auto", precision)
     texts = [TEMPLATE.format(text.lower()) for text in auxiliary_prompts(bank)]
     aux_features, weights = scorer.encode_texts(texts), scorer.weights_hash()
-    region_bias_from_features(
-        aux_features[:1], aux_features, scorer.logit_scale, temperature
-    )  # refuses here, not there
+    region_bias_from_features(aux_features, aux_features, scorer.logit_scale, temperature)  # refuses now, not later
     made = {"model": model, "pretrained": pretrained if scorer.pretrained else "", "weights": weights,
             "precision": scorer.precision, "dimensions": aux_features.shape[1], "logit_scale": scorer.logit_scale,
-            "logit_bias": scorer.logit_bias, "bank": bank, "texts": len(texts),
-            "texts_hash": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12], "temperature": temperature}  # fmt: skip
-    _enter(out / "embedding.json", made)
+            "logit_bias": scorer.logit_bias, "temperature": temperature, "bank": bank,
+            "texts_hash": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]}  # fmt: skip
+    _check_same(out / "embedding.json", made)
     there = {path.stem for path in (out / "features").glob("*.parquet")}
     strange = sorted(there - {shard["name"] for shard in shards})
     if strange:
         raise EmbeddingError(f"{len(strange):,} files in {out / 'features'}, e.g. {strange[0]}.parquet, are of no shard that "
-                             f"{source} has now: it, or the shard size, has changed. Remove them, or choose another folder.")  # fmt: skip
-    _write(out / "auxiliary.parquet", {"text": texts, "feature": _feature_column(aux_features.numpy())})
+                             f"{source} has now: it, or the shard size, has changed. Remove them, or choose another "
+                             "folder.")  # fmt: skip
+    (out / "features").mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, open_clip)}
+    part = out / ".embedding.json.part"
+    part.write_text(json.dumps(made | {"versions": {"bsap_utils": __version__, **versions}}, indent=1) + "\n", "utf-8")
+    os.replace(part, out / "embedding.json")
+    _write(out / "auxiliary.parquet", pa.table({"text": texts, "feature": _feature_column(aux_features.numpy())}))
     todo = [shard for shard in shards if shard["name"] not in there]
     where = f"over Ray: {cpus} CPUs, {gpus} GPUs" if with_ray else f"in this process, on {scorer.device}"
     say(f"{len(there):,} shards are there already, {len(todo):,} to do {where}")
-    rest, size = (aux_features, temperature), scorer.image_size
     if with_ray and todo:
-        arguments["device"] = "cuda" if gpus else "cpu"
-        batches = _over_ray(todo, size, cpus, gpus, arguments, weights, *rest)
+        actor = {"model": model, "pretrained": pretrained, "device": "cuda" if gpus else "cpu", "precision": precision}
+        batches = _over_ray(todo, scorer.image_size, cpus, gpus, actor, weights, aux_features, temperature)
     else:
-        read_here = chain.from_iterable(read(shard, size, os.cpu_count() or 1) for shard in todo)
-        batches = (encode(scorer, *rest, batch) for batch in read_here)
+        read_here = chain.from_iterable(read(shard, scorer.image_size, os.cpu_count() or 1) for shard in todo)
+        batches = (encode(scorer, batch, aux_features, temperature) for batch in read_here)
     return _write_shards(out, there, len(todo), aux_features.shape[1], batches)
 
 
+def _check_same(path: Path, made: dict[str, Any]) -> None:
+    """Raise EmbeddingError where other settings made what is in the folder."""
+    try:
+        before = json.loads(path.read_text("utf-8")) if path.exists() else made
+        differ = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in made if before.get(key) != made[key]]
+    except (ValueError, AttributeError) as error:
+        raise EmbeddingError(f"{path} is damaged ({error}): what made its folder is unknown. Choose another.") from None
+    if differ:
+        raise EmbeddingError(f"{path.parent} was made with other settings: {'; '.join(differ)}. Features of both would not "
+                             "compare: take the same settings, or another folder.")  # fmt: skip
+
+
 def _write_shards(out: Path, there: set[str], todo: int, dimensions: int, batches: Iterable[Batch]) -> dict[str, int]:
-    errors = pd.DataFrame(columns=["id", "shard", "error"], dtype=str)
-    if (out / "errors.parquet").exists():
-        errors = pd.read_parquet(out / "errors.parquet")
-        errors = errors[errors["shard"].isin(there)]  # its errors are written before a shard, which may then be missing
-    start, made = time.monotonic(), 0
+    log, errors, made, start = out / "errors.parquet", [], 0, time.monotonic()
+    if log.exists():  # a shard's errors are written before it, so there may be some of one that was interrupted
+        errors = [row for row in pq.read_table(log).to_pylist() if row["shard"] in there]
     for number, (name, rows) in enumerate(_whole_shards(batches), 1):
-        broken = rows["error"] != ""
-        if broken.any():
-            errors = pd.concat([errors, rows.loc[broken, list(errors)]])
-            _write(out / "errors.parquet", {column: pa.array(errors[column], pa.string()) for column in errors})
-        good = rows[~broken]
+        good, broken = (rows[(rows["error"] != "") == wrong] for wrong in (False, True))
+        if len(broken):
+            errors += broken[ERRORS.names].to_dict("records")
+            _write(log, pa.Table.from_pylist(errors, ERRORS))
         features = np.stack(good["feature"]) if len(good) else np.empty((0, dimensions))
-        columns = {"id": pa.array(good["id"], pa.string()), "feature": _feature_column(features)}
-        _write(out / "features" / f"{name}.parquet", columns | {"bias": pa.array(good["bias"], pa.float32())})
+        columns = [pa.array(good["id"], pa.string()), _feature_column(features), pa.array(good["bias"], pa.float32())]
+        _write(out / "features" / f"{name}.parquet", pa.table(columns, ["id", "feature", "bias"]))
         made += len(good)
         workers = ", ".join(sorted(set(rows["worker"])))
-        say(f"[{number:,}/{todo:,}] {name}: {len(good):,} images, {broken.sum():,} broken, by {workers}")
+        say(f"[{number:,}/{todo:,}] {name}: {len(good):,} images, {len(broken):,} broken, by {workers}")
     rate = made / max(time.monotonic() - start, 1e-9)
-    _write(out / "errors.parquet", {column: pa.array(errors[column], pa.string()) for column in errors})
+    _write(log, pa.Table.from_pylist(errors, ERRORS))
     ids = pq.read_table(out / "features", columns=["id"])["id"]
     twice = len(ids) - len(ids.unique())
     say(f"{len(ids):,} images are in {out / 'features'}, {made:,} of them new ({rate:,.0f} a second)")
-    if len(errors):
-        first = errors.iloc[0]
+    if errors:
+        first = errors[0]
         say(
             f"{len(errors):,} could not be read (errors.parquet), e.g. {first['id'] or first['shard']}: {first['error']}"
         )
     if twice:
         say(f"{twice:,} ids are not the first of their name. All are kept: a search may return the same id twice.")
     return {"images": len(ids), "errors": len(errors), "duplicates": twice}
-
-
-def _absolute(name: str) -> str:
-    """A model's folder or file by its full path: the processes of Ray may stand elsewhere."""
-    prefix = "local-dir:" if name.startswith("local-dir:") else ""
-    path = Path(name.removeprefix(prefix))
-    return f"{prefix}{path.resolve()}" if prefix or path.is_file() else name
-
-
-def _enter(path: Path, made: dict[str, Any]) -> None:
-    """Write the settings, with versions, into a new OUT. Raises EmbeddingError where others made what is there."""
-    (path.parent / "features").mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        try:
-            before = json.loads(path.read_text("utf-8"))
-            differ = [
-                f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in made if before.get(key) != made[key]
-            ]
-        except (ValueError, AttributeError) as error:
-            raise EmbeddingError(
-                f"{path} is damaged ({error}): what made its folder is unknown. Choose another."
-            ) from None
-        if differ:
-            raise EmbeddingError(f"{path.parent} was made with other settings: {'; '.join(differ)}. Features of both would not "
-                                 "compare: take the same settings, or another folder.")  # fmt: skip
-        return
-    installed = {each.name: each.version for each in metadata.distributions()}
-    versions = {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(made | {"versions": versions}, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(part, path)
