@@ -172,22 +172,27 @@ def decode(content: bytes | Path | None | Exception, size: int | tuple[int, int]
         return None, str(error) if isinstance(error, EmbeddingError) else f"{type(error).__name__}: {error}"
 
 
-def read(shard: Shard, size: int | tuple[int, int], threads: int = 1) -> Iterator[Batch]:
-    """Decode a shard, `ROWS` images a batch: shard, place in it, total (of its images, in the last row), id, error, pixels.
+def read(shards: Iterable[Shard], size: int | tuple[int, int], threads: int = 1) -> Iterator[Batch]:
+    """Decode shards, at most `ROWS` images of one a batch: shard, place in it, total (in its last row), id, error, pixels.
 
     `threads` decode the next batch while the caller works on this one. The pixels of a broken image are black.
     """
     blank = torch.zeros(3, *([size, size] if isinstance(size, int) else size), dtype=torch.uint8)
-    images, done = _images_or_error(shard), 0
     with ThreadPoolExecutor(threads) as pool:
-        parts = iter(lambda: list(islice(images, ROWS)), [])
-        futures = ([(name, pool.submit(decode, content, size)) for name, content in part] for part in parts)
-        for batch, following in pairwise(chain(futures, [None])):
-            names, results = zip(*((name, future.result()) for name, future in batch or []), strict=True)
-            place = np.arange(done, done + len(names))
-            done += len(names)
-            yield {"shard": np.full(len(names), shard["name"]), "place": place, "id": np.array(names),
-                   "total": np.where((place == done - 1) & (following is None), done, 0),
+
+        def started() -> Iterator[tuple[str, list]]:
+            for shard in shards:
+                images = _images_or_error(shard)
+                while part := list(islice(images, ROWS)):
+                    yield shard["name"], [(name, pool.submit(decode, content, size)) for name, content in part]
+
+        done = 0
+        for (shard, part), (next_shard, _) in pairwise(chain(started(), [("", [])])):
+            ids, results = zip(*((name, future.result()) for name, future in part), strict=True)
+            place = np.arange(done, done + len(ids))
+            total = np.where((place == place[-1]) & (shard != next_shard), len(ids) + done, 0)
+            done = 0 if shard != next_shard else done + len(ids)
+            yield {"shard": np.full(len(ids), shard), "place": place, "total": total, "id": np.array(ids),
                    "error": np.array([error for _, error in results]),
                    "pixels": torch.stack([blank if pixels is None else pixels for pixels, _ in results]).numpy()}  # fmt: skip
 
@@ -210,7 +215,7 @@ class Encoder:
         self.scorer, self.rest = ClipScorer(**arguments), rest
         if self.scorer.weights_hash() != weights:
             raise EmbeddingError(
-                f"{platform.node()} has other weights of {arguments['model']} than those the job began with."
+                f"{platform.node()} has other weights of {arguments['model']} than the job began with."
             )
 
     def __call__(self, batch: Batch) -> Batch:
@@ -233,9 +238,7 @@ def _connect(address: str, num_gpus: int | None) -> tuple[int, int]:
         try:
             ray.init(**how, logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
-            raise EmbeddingError(
-                f"No Ray cluster at {address}: {error}. `ray status` on its head says if it runs."
-            ) from error
+            raise EmbeddingError(f"No Ray cluster at {address}: {error}. Ask `ray status` on its head.") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
@@ -255,7 +258,7 @@ def _over_ray(todo: list[Shard], size: int | tuple[int, int], cpus: int, gpus: i
     claims = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.25 if cpus > 1 else 0}
     pool = ray.data.ActorPoolStrategy(size=min(gpus or max(cpus // 2, 1), len(todo)))
     work = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
-    pixels = work.map_batches(lambda row: read(json.loads(row["shard"][0]), size), batch_size=1, num_cpus=1)
+    pixels = work.map_batches(lambda row: read(map(json.loads, row["shard"]), size), batch_size=1, num_cpus=1)
     features = pixels.map_batches(Encoder, batch_size=None, compute=pool, fn_constructor_args=encoder, **claims)
     try:
         yield from features.iter_batches(batch_size=None, batch_format="numpy")
@@ -345,8 +348,8 @@ def embed(source: Path | str, out: Path | str, model: str = "ViT-B-32", pretrain
         actor = {"model": model, "pretrained": pretrained, "device": "cuda" if gpus else "cpu", "precision": precision}
         batches = _over_ray(todo, scorer.image_size, cpus, gpus, actor, weights, aux_features, temperature)
     else:
-        read_here = chain.from_iterable(read(shard, scorer.image_size, os.cpu_count() or 1) for shard in todo)
-        batches = (encode(scorer, batch, aux_features, temperature) for batch in read_here)
+        here = read(todo, scorer.image_size, threads=os.cpu_count() or 1)
+        batches = (encode(scorer, batch, aux_features, temperature) for batch in here)
     return _write_shards(out, there, len(todo), aux_features.shape[1], batches)
 
 

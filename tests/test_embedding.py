@@ -176,13 +176,13 @@ def test_a_broken_image_is_a_row_and_not_a_dead_job(run, tmp_path, capsys):
 
 def test_a_file_that_vanishes_after_the_plan_and_bytes_that_are_null(tmp_path):
     folder = folder_of(tmp_path / "source", IMAGES)
-    [shard] = plan(folder)[0]
+    shards = plan(folder)[0]
     (folder / "0004.png").unlink()
-    [batch] = read(shard, 32)
+    [batch] = read(shards, 32)
     assert [bool(error) for error in batch["error"]] == [number == 4 for number in range(10)]
     assert batch["error"][4].startswith("FileNotFoundError") and not batch["pixels"][4].any()
     parquet = parquet_of(tmp_path / "x.parquet", image=[{"bytes": IMAGES["0000"]}, {"bytes": None}, None])
-    [batch] = read(plan(parquet)[0][0], 32)
+    [batch] = read(plan(parquet)[0], 32)
     assert list(batch["error"]) == ["", "no bytes", "no bytes"]
 
 
@@ -311,14 +311,30 @@ def test_shards_come_together_from_batches_in_any_order(counts, data):
         assert [tuple(feature) for feature in rows["feature"]] == [(name, place) for place in rows["place"]]
 
 
-def test_a_shard_is_read_in_batches(tmp_path, monkeypatch):
+def test_shards_are_read_in_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "ROWS", 4)
-    [shard] = plan(folder_of(tmp_path / "source", IMAGES))[0]
-    batches = list(read(shard, 32, threads=3))
-    assert [len(batch["id"]) for batch in batches] == [4, 4, 2]
-    assert np.concatenate([batch["place"] for batch in batches]).tolist() == [*range(10)]
-    assert np.concatenate([batch["total"] for batch in batches]).tolist() == [0] * 9 + [10]
+    shards = plan(folder_of(tmp_path / "source", IMAGES), 6)[0]
+    batches = list(read(shards, 32, threads=3))
+    assert [len(batch["id"]) for batch in batches] == [4, 2, 4]
+    assert np.concatenate([batch["place"] for batch in batches]).tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    assert np.concatenate([batch["total"] for batch in batches]).tolist() == [0, 0, 0, 0, 0, 6, 0, 0, 0, 4]
+    assert [name for batch in batches for name in batch["id"]] == [f"{name}.png" for name in IMAGES]
     assert all(batch["pixels"].shape[1:] == (3, 32, 32) for batch in batches)
+
+
+def test_a_shard_that_could_not_be_written_is_not_there(run, tmp_path, monkeypatch):
+    def full_disk(table, path, write=pq.write_table):
+        write(table, path)
+        if "-000000006-" in path.name:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError("No space left on device")
+
+    source = folder_of(tmp_path / "source", IMAGES)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(pq, "write_table", full_disk)
+        run(source, shard_size=6)
+    assert len(read_features(tmp_path / "out")[0]) == 6
+    assert run(source, shard_size=6)["images"] == 10
 
 
 def test_an_encoder_with_other_weights_refuses(clip):
