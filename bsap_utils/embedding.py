@@ -153,7 +153,11 @@ def _images_or_error(shard: Shard) -> Iterator[tuple[str, bytes | Path | None | 
 
 
 def decode(content: bytes | Path | None | Exception, size: int | tuple[int, int]) -> tuple[torch.Tensor | None, str]:
-    """Decode an image and squash it to the model's square: [3, size, size] uint8 and "", or None and what was wrong."""
+    """Decode an image and squash it to the model's square: [3, size, size] uint8 and "", or None and what was wrong.
+
+    >>> decode(b"no image", 64)
+    (None, 'no image of a known kind')
+    """
     try:
         if isinstance(content, Exception):
             raise content
@@ -215,7 +219,7 @@ class Encoder:
         self.scorer, self.rest = ClipScorer(**arguments), rest
         if self.scorer.weights_hash() != weights:
             raise EmbeddingError(
-                f"{platform.node()} has other weights of {arguments['model']} than the job began with."
+                f"{arguments['model']} has other weights on {platform.node()} than the job began with."
             )
 
     def __call__(self, batch: Batch) -> Batch:
@@ -303,8 +307,9 @@ def embed(source: Path | str, out: Path | str, model: str = "ViT-B-32", pretrain
 
     With Ray installed, it runs over the cluster at `address` (or RAY_ADDRESS; "auto" is one that runs on this machine; ""
     starts one here), with an actor for each of `num_gpus` GPUs (None: all there are; 0: on CPUs); without Ray, or `local`,
-    in this process. `bank` is `coco80`, `generic` or a text file, one auxiliary prompt a line; `temperature` is that of the
-    bias, which leaves SigLIP's logit bias out. `precision="auto"` is bf16 on GPUs, else fp32. Raises EmbeddingError,
+    in this process. On a cluster, every node must see `source` and the model under the same full path; `out` is written by
+    the process that calls. `bank` is `coco80`, `generic` or a text file, one auxiliary prompt a line; `temperature` is that
+    of the bias, which leaves SigLIP's logit bias out. `precision="auto"` is bf16 on GPUs, else fp32. Raises EmbeddingError,
     ModelError, ValueError.
     """
     source, out = Path(source).resolve(), Path(out).resolve()
