@@ -236,7 +236,7 @@ def _connect(address: str, num_gpus: int | None) -> tuple[int, int]:
         import bsap_utils
 
         # the nodes of a cluster need what is in pyproject.toml, but not this package: it is sent to them
-        how: dict[str, Any] = {"include_dashboard": False}
+        how: dict[str, Any] = {"address": "local", "include_dashboard": False}
         if address:
             how = {"address": address, "runtime_env": {"py_modules": [bsap_utils]}}
         try:

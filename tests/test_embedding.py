@@ -435,7 +435,7 @@ def over_ray(tmp_path_factory, clip):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setattr(embedding, "Encoder", Mortal)
         patch.setattr(embedding, "say", lines.append)
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
             counts = embed(source, root / "ray", **options)
         finally:
