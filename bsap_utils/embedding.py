@@ -241,8 +241,9 @@ def _connect(address: str, num_gpus: int | None) -> tuple[int, int]:
             how = {"address": address, "runtime_env": {"py_modules": [bsap_utils]}}
         try:
             ray.init(**how, logging_level=logging.ERROR, log_to_driver=False)
-        except (ConnectionError, ValueError) as error:
-            raise EmbeddingError(f"No Ray cluster at {address}: {error}. Ask `ray status` on its head.") from error
+        except Exception as error:  # a time-out of its own start is a bare Exception
+            what = f"Ray's cluster at {address} cannot be joined" if address else "Ray cannot be started here"
+            raise EmbeddingError(f"{what}: {error} Try again, ask `ray status` on its head, or use --local.") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))

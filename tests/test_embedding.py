@@ -392,6 +392,20 @@ def test_errors_of_a_shard_that_was_not_completed_are_not_told_twice(run, tmp_pa
     assert run(source, shard_size=6) == {"images": 10, "errors": 1, "duplicates": 0}
 
 
+def test_a_cluster_that_cannot_be_joined_is_told(tmp_path, clip, monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def no_answer(**options):
+        assert options["address"] == "10.0.0.1:6379" and "runtime_env" in options
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379.")
+
+    monkeypatch.setattr(ray, "init", no_answer)
+    source = folder_of(tmp_path / "source", IMAGES)
+    arguments = ["embed", str(source), str(tmp_path / "out"), "--model", clip, "--address", "10.0.0.1:6379"]
+    told = CliRunner().invoke(cli.app, arguments)
+    assert told.exit_code == 1 and "cannot be joined: Failed to connect" in told.output and "--local" in told.output
+
+
 def test_the_command(tmp_path, clip):
     source = folder_of(tmp_path / "source", IMAGES)
     arguments = ["embed", str(source), str(tmp_path / "out"), "--model", clip, "--local", "--num-gpus", "0"]
@@ -401,6 +415,17 @@ def test_the_command(tmp_path, clip):
     assert refused.exit_code == 1 and "other settings: temperature" in refused.output
     unknown = CliRunner().invoke(cli.app, [*arguments[:2], str(tmp_path / "b"), "--model", "ViT-B-23", "--local"])
     assert unknown.exit_code == 1 and "ViT-B-32" in unknown.output
+
+
+def start_ray(ray, attempts=3):
+    """Start a Ray of four CPUs; its own limit for that, 30 s, is short on a busy machine."""
+    try:
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except Exception:
+        ray.shutdown()
+        if attempts == 1:
+            raise
+        start_ray(ray, attempts - 1)
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +460,7 @@ def over_ray(tmp_path_factory, clip):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setattr(embedding, "Encoder", Mortal)
         patch.setattr(embedding, "say", lines.append)
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        start_ray(ray)
         try:
             counts = embed(source, root / "ray", **options)
         finally:
