@@ -4,6 +4,7 @@
     bsap run --all --params notebooks/params/sample.yaml    # 01, 02, … in order -> figures/sample/
     bsap run 03_rec --list                                  # its parameters, with defaults
     bsap data get refcoco --split val; bsap data check data # the real data sets, and what is on disk
+    bsap embed photos embedded --model ViT-B-32             # features of many images, over Ray where it is installed
     bsap masks refcoco --split val --method felzenszwalb    # candidate masks for 04_ris
     bsap cache clear                                        # forget all features that were encoded
 
@@ -397,6 +398,38 @@ def masks(
         fail(str(e))
     typer.echo(f"{count:,} masks of {len(ds.images):,} images are in {shown(target)}")
     typer.echo(f"Next: bsap run 04_ris -p DATASET {dataset} -p PROPOSALS {shown(target) if out else 'masks'}")
+
+
+@app.command("embed")
+def embed_images(
+    source: Annotated[Path, typer.Argument(help="Folder of images, parquet with image bytes, WebDataset tars.")],
+    out: Annotated[Path, typer.Argument(help="Folder for features/*.parquet, errors.parquet, embedding.json.")],
+    model: Annotated[str, typer.Option(help="As open_clip names it, or local-dir:FOLDER.")] = "ViT-B-32",
+    pretrained: Annotated[str, typer.Option(help="Its weights: a tag of open_clip, or a file.")] = "openai",
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="0: on CPUs.", show_default="all there are")] = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, even if Ray is installed.")] = False,
+    address: Annotated[str, typer.Option(help="Of a Ray cluster, or auto.", show_default="RAY_ADDRESS, or none")] = "",
+    bank: Annotated[
+        str, typer.Option(help="Auxiliary prompts of the bias: coco80, generic or a text file.")
+    ] = "coco80",
+    temperature: Annotated[float, typer.Option(help="Of the bias.")] = 1.0,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16.", show_default="bf16 on GPUs, else fp32")
+    ] = "auto",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images of a shard, at least (a tar is one).")] = 1024,
+) -> None:
+    """Write CLIP features and BSAP's bias of all images as parquet; goes on where it was interrupted."""
+    from bsap_utils import embedding, scoring
+
+    try:
+        embedding.embed(
+            source, out, model, pretrained, num_gpus=num_gpus, local=local, address=address, bank=bank,
+            temperature=temperature, precision=precision, shard_size=shard_size,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
+    except (embedding.EmbeddingError, scoring.ModelError, ValueError, OSError) as e:
+        fail(str(e))
 
 
 data = typer.Typer(no_args_is_help=True, help="Get RefCOCO, RefCOCO+ and RefCOCOg, and check what is on disk.")
