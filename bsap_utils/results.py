@@ -16,6 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from . import ROOT
+from .cli import declared
 from .plotting import METHOD_LABELS, with_palette
 
 CAPTIONS = {
@@ -121,9 +122,35 @@ def paste(text: str, marker: str, content: str) -> str:
 
 
 def rec_block(table: pd.DataFrame) -> str:
-    """Return the last split of a REC table in Markdown."""
+    """Return the last split of `evaluation.rec_table` in Markdown, as the README shows it: percent, percentage points, p."""
     last = table[table["split"] == table["split"].iloc[-1]]
-    return markdown_table(last[COLUMNS["table_rec.csv"]])
+    shown = pd.DataFrame({
+        "method": last["method"], "accuracy, %": last["accuracy"].map("{:.1f}".format),
+        "95 % interval": [f"{row.ci_low:.1f} to {row.ci_high:.1f}" for row in last.itertuples()],
+        "against CLIP, points": last["delta_vs_clip"].map("{:+.1f}".format),
+        "interval": [f"{row.delta_ci_low:+.1f} to {row.delta_ci_high:+.1f}" for row in last.itertuples()],
+        "McNemar's p": last["p_value"].map("{:.2g}".format),
+    })  # fmt: skip
+    of_clip = shown["method"] == "clip"
+    shown.loc[of_clip, ["against CLIP, points", "interval", "McNemar's p"]] = "–"
+    return markdown_table(shown)
+
+
+def answers_block(folder: Path) -> str:
+    """Return the answer of each notebook that a folder of figures has, one a paragraph, led by the notebook's number."""
+    answers = {
+        path.stem.removeprefix("answer_"): path.read_text(encoding="utf-8")
+        for path in sorted(folder.glob("answer_*.md"))
+    }
+    return "\n\n".join(f"**[{stem[:2]}](notebooks/{stem}.ipynb)** {text.strip()}" for stem, text in answers.items())
+
+
+def parameters_block(notebook: Path) -> str:
+    """Return the parameters of a notebook as a Markdown table: name, default, meaning."""
+    rows = [f"| `{name}` | `{one.source}` | {one.help} |" for name, one in declared(notebook).items()]
+    return "\n".join(
+        ["| parameter | default | meaning |", "| --- | --- | --- |", *(row.replace("\n", " ") for row in rows)]
+    )
 
 
 def notebooks_block(notebooks: Path, folder: Path) -> str:
@@ -172,12 +199,22 @@ def write_thumbnails(folder: Path, size: tuple[int, int] = (240, 150), most: int
         target.with_suffix(".part").replace(target)
 
 
+def refreshed(readme: str, folder: Path) -> str:
+    """Return the README with all that is generated in it as the run in `folder` has it."""
+    blocks = {
+        "answers": answers_block(folder), "table_rec": rec_block(pd.read_csv(folder / "table_rec.csv")),
+        "notebooks": notebooks_block(ROOT / "notebooks", folder), "parameters": parameters_block(ROOT / "notebooks/03_rec.ipynb"),
+    }  # fmt: skip
+    for marker, content in blocks.items():
+        readme = paste(readme, marker, content)
+    return readme
+
+
 def main() -> None:
     """Bring what is generated in the README up to the sample run."""
     folder, readme = ROOT / "figures/sample", ROOT / "README.md"
     write_thumbnails(folder)
-    text = paste(readme.read_text(encoding="utf-8"), "table_rec", rec_block(pd.read_csv(folder / "table_rec.csv")))
-    text = paste(text, "notebooks", notebooks_block(ROOT / "notebooks", folder))
+    text = refreshed(readme.read_text(encoding="utf-8"), folder)
     readme.with_suffix(".part").write_text(text, encoding="utf-8")
     readme.with_suffix(".part").replace(readme)
 

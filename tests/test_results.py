@@ -115,10 +115,17 @@ def test_the_list_of_notebooks_links_each_with_its_question(clone):
 
 
 def test_the_generated_parts_of_the_readme_are_those_of_the_committed_run():
-    readme, folder = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "figures/sample"
-    table = results.rec_block(pd.read_csv(folder / "table_rec.csv"))
-    assert results.paste(readme, "table_rec", table) == readme
-    assert results.paste(readme, "notebooks", results.notebooks_block(ROOT / "notebooks", folder)) == readme
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results.refreshed(readme, ROOT / "figures/sample") == readme
+
+
+def test_the_readmes_answers_and_parameters_are_whole(tmp_path):
+    (tmp_path / "answer_03_rec.md").write_text("Yes.\n")
+    (tmp_path / "answer_01_similarity_range.md").write_text("No.\n")
+    block = results.answers_block(tmp_path)
+    assert block == "**[01](notebooks/01_similarity_range.ipynb)** No.\n\n**[03](notebooks/03_rec.ipynb)** Yes."
+    lines = results.parameters_block(ROOT / "notebooks/03_rec.ipynb").splitlines()
+    assert "| `TEMPERATURE` | `1.0` | of BSAP and BSAP-H |" in lines and all(line.count("|") == 4 for line in lines)
 
 
 def test_the_committed_thumbnails_and_the_hero_are_small():
