@@ -5,6 +5,7 @@ Screenshots stay in runs/browser/. The server works on copies, with nothing of t
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -21,12 +22,15 @@ pytestmark = pytest.mark.browser
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--no-first-run"]  # fmt: skip
-PATIENCE = 60  # seconds, for a machine whose two cores are busy with other tests
+PATIENCE = 240  # seconds, for a machine whose two cores are busy with other tests
 PICTURE = ".jp-OutputArea-output .widget-html img"
 PHOTO = "data/refshapes/images/mscoco/images/train2014/COCO_train2014_000000010002.jpg"
 SHOTS = ROOT / "runs/browser"
 OTHER_KERNEL = {"argv": ["false", "{connection_file}"], "display_name": "Another Python", "language": "python"}
-SETTINGS = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}  # no network
+SETTINGS = {  # no network; every cell in the page, so that no error is out of sight
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},
+}
 
 
 def lacking(what):
@@ -70,10 +74,10 @@ def lab(tmp_path_factory):
         (folder / name / "kernels/python3/kernel.json").write_text(json.dumps(OTHER_KERNEL))
     for name, settings in SETTINGS.items():
         file = folder / f"settings/@jupyterlab/{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings))
-    own = {"JUPYTER_DATA_DIR": "user", "JUPYTER_PATH": "elsewhere", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime",
-           "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
+    own = {"JUPYTER_DATA_DIR": "user", "JUPYTER_PATH": "elsewhere", "JUPYTER_CONFIG_DIR": "config",
+           "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
     environment = {**os.environ, **{name: str(folder / place) for name, place in own.items()}}
     environment |= {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}  # the Makefile exports the latter
     (folder / "browser").write_text(
@@ -135,14 +139,19 @@ def run_all(lab, browser):
         page.goto(f"{address}lab/tree/notebooks/{stem}.ipynb?token={token}&reset")
         idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
         idle.wait_for()  # before its kernel is there, JupyterLab would ask which one to take
-        page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
-        page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
         error = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
+        numbered = page.locator(".jp-InputPrompt").get_by_text(re.compile(r"\[(\*|\d+)\]"))
         done = folder / f"{stem}.done"
 
         def finished():
+            if (
+                not numbered.count()
+            ):  # a kernel that has only just said that it is idle drops what it is told; say it again
+                page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
+                page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
+                page.wait_for_timeout(2000)
             page.wait_for_timeout(100)
-            return done.exists() and done.read_text() or error.count()
+            return (done.exists() and done.read_text()) or error.count()
 
         try:
             until(finished, lambda: page.locator(".jp-Notebook").inner_text())
