@@ -396,10 +396,11 @@ def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: 
             left.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=edge, linewidth=width))
         left.text(x + w, y + h, str(table.index[i]), fontsize=6.5, color="white", ha="right", va="bottom",
                   bbox={"boxstyle": "square,pad=0.12", "facecolor": "0.15", "edgecolor": "none"})  # fmt: skip
-    apart = 0.012 * max(image.size) * (len(set(picks.values())) < len(picks))  # two frames around one region
+    apart = 0.012 * max(image.size)  # frames of the same region lie around each other
     for name, i in picks.items():
-        around = apart * np.array([-1, -1, 2, 2]) if name == "clip" else 0
-        _outline(left, (boxes[i] + around).tolist(), METHOD_COLOURS[name], METHOD_LABELS[name], below=name != "clip")
+        frames = (i in right) + (name == "clip" and method != "clip" and i == picks[method])
+        around = boxes[i] + frames * apart * np.array([-1, -1, 2, 2])
+        _outline(left, around.tolist(), METHOD_COLOURS[name], METHOD_LABELS[name], below=name != "clip")
     if truth is not None:
         _outline(left, truth.tolist(), TRUTH_COLOUR, "", dashed=True)
     title = textwrap.wrap(f"“{expression}”", 46)
