@@ -41,7 +41,7 @@ from .normalization import METHODS, family
 from .scoring import TEMPLATE, ClipScorer
 
 FAMILY = "family"  # beside the names of METHODS: any pool with any weight
-OWN_PROMPTS, OWN_PICTURE = "own prompts", "own picture"
+OWN_PROMPTS, OWN_PICTURE = "own prompts", "a picture of my own"
 PROPOSED = 15  # regions proposed in a picture that came without boxes
 
 
@@ -147,7 +147,7 @@ class Explorer:
     ) -> None:
         self.ds, self.scorers, self.visual_prompts = ds, list(scorers), tuple(visual_prompts)
         self.logit_scale = sum(s.logit_scale for s in self.scorers) / len(self.scorers)
-        self.figure = Figure(figsize=(plotting.DOUBLE_COLUMN, 3.4))
+        self.figure = Figure(figsize=(plotting.DOUBLE_COLUMN, 3.2))
         self.summary = ""
         self._regions_of = dict(list(regions.groupby("image_id")))
         self._scenes: dict[Any, Scene] = {}
@@ -243,7 +243,7 @@ def _verdict(table: pd.DataFrame, method: str, right: list[int] | None) -> str:
     if len(picks) == 2:
         said[1] += ": the same." if len(set(picks.values())) == 1 else ": the pick changes."
     if right is None:
-        said.append("Whether that is right is not known for this wording.")
+        said.append("What these words mean in this picture is not known, so neither is whether that is right.")
     elif not right:
         said.append("No candidate overlaps what is meant with IoU > 0.5, so no method can be right here.")
     return ". ".join(said).replace("..", ".").rstrip(".") + "."
@@ -279,15 +279,14 @@ def controls(explorer: Explorer, whole: ReferDataset, start: Start, out_dir: Pat
     """
 
     def make(kind: Callable, name: str, tip: str, **traits: Any) -> Any:
-        return kind(
-            description=name, tooltip=tip, layout={"width": "98%"}, style={"description_width": "120px"}, **traits
-        )
+        style = {} if kind is ui.FileUpload else {"description_width": "135px"}
+        return kind(description=name, tooltip=tip, layout={"width": "98%"}, style=style, **traits)
 
     methods = [(plotting.METHOD_LABELS[name], name) for name in (*METHODS, FAMILY)]
     banks = list(dict.fromkeys([*BANKS, start.bank, OWN_PROMPTS]))
     power = math.log10(start.temperature)
     w = SimpleNamespace(
-        source=make(ui.ToggleButtons, "Picture", "Where it comes from", options=["scene of the data set", OWN_PICTURE]),
+        source=ui.ToggleButtons(options=["a scene of the data set", OWN_PICTURE], style={"button_width": "190px"}),
         scene=make(ui.IntSlider, "Scene", "Which picture of the split", min=1, max=len(explorer.ds.images), value=start.scene),
         known=make(ui.Dropdown, "Known expressions", "What the data set says of this picture; a choice fills the field below"),
         upload=make(ui.FileUpload, "Choose a picture", "A PNG or JPEG file", accept="image/*"),
@@ -347,8 +346,8 @@ def controls(explorer: Explorer, whole: ReferDataset, start: Start, out_dir: Pat
             scene, w.text.value, prompts, w.method.value, **{o: place[o].value for o in options_of(w.method.value)}
         )
         said, encoded = html.escape(explorer.summary), base64.b64encode(png).decode()
-        w.message.value, w.summary.value, w.picture.layout.opacity = "", f'<div role="status">{said}</div>', "1"
-        w.picture.value = f'<img style="width: 100%" alt="{said}" src="data:image/png;base64,{encoded}">'
+        w.message.value, w.summary.value = "", f'<div role="status">{said}</div>'
+        w.picture.value = f'<img style="width: 100%; opacity: 1" alt="{said}" src="data:image/png;base64,{encoded}">'
 
     busy = [False]
 
@@ -361,10 +360,8 @@ def controls(explorer: Explorer, whole: ReferDataset, start: Start, out_dir: Pat
         except Exception as error:  # nothing that a person types or uploads may end in a traceback
             meant = isinstance(error, (ValueError, RuntimeError, OSError))
             words = str(error) if meant else f"This went wrong: {type(error).__name__}: {error}"
-            w.message.value, w.picture.layout.opacity = (
-                f'<div role="alert" style="color: #B00020">{html.escape(words)}</div>',
-                "0.3",
-            )
+            w.message.value = f'<div role="alert" style="color: #B00020">{html.escape(words)}</div>'
+            w.summary.value, w.picture.value = "", w.picture.value.replace("opacity: 1", "opacity: 0.3", 1)
         finally:
             busy[0] = False
 

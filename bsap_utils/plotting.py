@@ -375,7 +375,7 @@ def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: 
     regions; `truth` [4] is the box that is meant and `right` the positions of the regions that count as it, where that is
     known. CLIP's pick and that of `method` have their method's colour. `figure` is drawn over, which is quicker than a new one.
     """
-    figure = figure or Figure(figsize=(DOUBLE_COLUMN, 3.4))
+    figure = figure or Figure(figsize=(DOUBLE_COLUMN, 3.2))
     figure.clear()
     figure.set_layout_engine(
         "none"
@@ -383,7 +383,7 @@ def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: 
     picks = {"clip": int(table["clip"].argmax()), method: int(table["score"].argmax())}
     order = np.argsort(-table["clip"].to_numpy(), kind="stable")
     rows = [*order[:MOST_ROWS], *(i for i in {picks[method], *right} if i not in order[:MOST_ROWS])]
-    left, panel = figure.add_axes((0.005, 0.08, 0.44, 0.83), anchor="NW"), figure.add_axes((0.5, 0.02, 0.495, 0.97))
+    left, panel = figure.add_axes((0.005, 0.07, 0.49, 0.84), anchor="NW"), figure.add_axes((0.535, 0.02, 0.46, 0.97))
     for axis in (left, panel):
         axis.axis("off")
     shown = image.copy()
@@ -403,8 +403,8 @@ def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: 
         _outline(left, around.tolist(), METHOD_COLOURS[name], METHOD_LABELS[name], below=name != "clip")
     if truth is not None:
         _outline(left, truth.tolist(), TRUTH_COLOUR, "", dashed=True)
-    title = textwrap.wrap(f"“{expression}”", 46)
-    figure.text(0.005, 0.925, title[0] + (" …" if len(title) > 1 else ""), fontsize=9, va="bottom")
+    title = textwrap.wrap(f"“{expression}”", 52)
+    figure.text(0.005, 0.925, title[0] + (" …" if len(title) > 1 else ""), fontsize=9, va="bottom", parse_math=False)
     known = "White dashes: what is meant. ✓: overlaps it with IoU > 0.5. " if truth is not None else ""
     few = f"{len(rows)} of {len(table)} regions are listed." if len(rows) < len(table) else ""
     figure.text(0.005, 0.015, known + few, fontsize=7, color="0.35", va="bottom")
@@ -413,7 +413,7 @@ def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: 
     panel.set(xlim=(-0.22, 3), ylim=(height - 0.5, -0.07 * height - 0.5))
     for y, i in enumerate(rows):
         panel.text(-0.05, y, ("✓ " if i in right else "") + str(table.index[i]), va="center_baseline", ha="right")
-    titles = {"clip": "CLIP's logit", "bias": "the region's bias", "score": f"score, {METHOD_LABELS[method]}"}
+    titles = {"clip": "CLIP's logit", "bias": "its bias", "score": METHOD_LABELS[method]}
     colours = {"clip": METHOD_COLOURS["clip"], "bias": OF_REGION, "score": METHOD_COLOURS[method]}
     picked = {"clip": [picks["clip"]], "bias": rows, "score": [picks[method]]}
     for start, (column, title_of) in enumerate(titles.items()):
