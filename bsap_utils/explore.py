@@ -308,10 +308,11 @@ def controls(explorer: Explorer, whole: ReferDataset, start: Start, out_dir: Pat
 
     def set_options(options: dict[str, Any]) -> None:
         w.weight.max = 1.0 if w.method.value == "bsap_h" else 1.5
-        for widget in place.values():
-            widget.disabled = True
+        for widget in place.values():  # a value that plays no part would mislead
+            widget.disabled, widget.layout.visibility = True, "hidden"
         for name, value in options.items():
-            place[name].disabled, place[name].value = False, w.nearest.max if value is None else value
+            place[name].disabled, place[name].layout.visibility = False, "visible"
+            place[name].value = w.nearest.max if value is None else value
 
     def update(changed: Any) -> None:
         uploaded = w.source.value == OWN_PICTURE

@@ -388,7 +388,7 @@ def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: 
         axis.axis("off")
     shown = image.copy()
     shown.thumbnail((800, 800))  # a photo of a camera would take most of the time
-    left.imshow(shown, extent=(0, image.width, image.height, 0))
+    left.imshow(shown, extent=(0, image.width, image.height, 0), interpolation="bilinear")
     left.set_autoscale_on(False)
     for i in rows:
         x, y, w, h = boxes[i]
@@ -418,7 +418,7 @@ def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: 
     picked = {"clip": [picks["clip"]], "bias": rows, "score": [picks[method]]}
     for start, (column, title_of) in enumerate(titles.items()):
         values = table[column].to_numpy()[rows]
-        end = start + 0.06 + 0.56 * (values - values.min()) / (float(np.ptp(values)) or 1.0)
+        end = start + 0.06 + 0.5 * (values - values.min()) / (float(np.ptp(values)) or 1.0)
         fill = [colours[column] if i in picked[column] else "0.65" for i in rows]
         panel.vlines(start, -0.5, len(rows) - 0.5, color="0.2", linewidth=0.7)
         panel.hlines(place, start, end, color=fill, linewidth=1.4)

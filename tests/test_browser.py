@@ -170,7 +170,10 @@ def run_all(lab, browser):
 
         def saved():
             page.wait_for_timeout(100)
-            notebook = nbformat.read(folder / f"notebooks/{stem}.ipynb", as_version=4)
+            try:
+                notebook = nbformat.read(folder / f"notebooks/{stem}.ipynb", as_version=4)
+            except nbformat.reader.NotJSONError:  # it is being written
+                return None
             code = [cell for cell in notebook.cells if cell.cell_type == "code"]
             return notebook if all(cell.execution_count for cell in code) else None
 
