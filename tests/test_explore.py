@@ -124,7 +124,7 @@ def test_a_method_offers_its_own_options_with_their_defaults(page, explorer):
 
 
 def test_the_start_is_what_the_parameters_say(explorer, sample, tmp_path):
-    start = explore.Start(2, "Red  $5 <b>fish", "generic", "bsap_h", 4.0, 0.25)
+    start = explore.Start(2, "Red  <b>fish $^$", "generic", "bsap_h", 4.0, 0.25)
     page = explore.controls(explorer, sample, start, tmp_path)
     values = page.scene.value, page.bank.value, page.method.value, page.weight.value
     assert values == (2, "generic", "bsap_h", 0.25) and page.temperature.value == pytest.approx(4.0)
