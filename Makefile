@@ -37,8 +37,10 @@ render: figures
 test: $(READY)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto  # one process a core, one thread each
 
+# without MPLBACKEND, figures show in the page; by JUPYTER_PATH the kernel is this environment's, whatever else is installed
 lab: $(READY)
-	.venv/bin/jupyter lab --notebook-dir=. notebooks/03_rec.ipynb
+	env -u MPLBACKEND JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter:$$JUPYTER_PATH" \
+	 "$(CURDIR)/.venv/bin/python" -m jupyterlab --notebook-dir=. notebooks/00_explore.ipynb
 
 lint: $(READY)
 	.venv/bin/ruff check .

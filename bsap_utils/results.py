@@ -20,6 +20,7 @@ from .cli import declared
 from .plotting import METHOD_LABELS, with_palette
 
 CAPTIONS = {
+    "fig_explore": "One scene, one expression: each region's logit, its bias and the corrected score.",
     "fig_ranges": "Each region's range of logits over many texts, sorted; the mark is the text that is true of it.",
     "fig_range_distributions": "How means, spreads, minima and maxima of the regions' logits are distributed.",
     "fig_variance": "Variance of the logits explained by region, by text and by their interaction.",
