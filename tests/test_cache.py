@@ -68,7 +68,7 @@ def test_only_what_is_new_is_encoded(few, counted):
     assert scorer.images == 2 * len(regions) - 10
     assert torch.allclose(features, counted(cache=False).encode_regions(few, regions, ("crop", "blur")), atol=1e-6)
     texts = counted()
-    texts.encode_texts(["star"])
+    texts.encode_texts(["star", "mug"])
     again = counted()
     again.encode_texts(["key", "star"])
     assert again.texts == 1
