@@ -4,10 +4,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 READY := .venv/.ready
 export MPLBACKEND ?= agg
 
-.PHONY: figures test lab lint clean help
+.PHONY: figures render test lab lint clean help
 
 help:
 	@echo "make figures   run every notebook on the bundled sample; figures and tables go to figures/sample/"
+	@echo "make render    make figures, then put its outputs and answers into notebooks/*.ipynb, to be committed"
 	@echo "make test      run the tests"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make lint      ruff and mypy"
@@ -31,11 +32,16 @@ figures: $(READY)
 	@.venv/bin/python -m bsap_utils.results
 	@echo "Figures, tables and a page of all of them: figures/sample/README.md"
 
+render: figures
+	.venv/bin/python -m bsap_utils.render
+
 test: $(READY)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto  # one process a core, one thread each
 
+# without MPLBACKEND, figures show in the page; by JUPYTER_PATH the kernel is this environment's, whatever else is installed
 lab: $(READY)
-	.venv/bin/jupyter lab --notebook-dir=. notebooks/03_rec.ipynb
+	env -u MPLBACKEND JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter:$$JUPYTER_PATH" \
+	 "$(CURDIR)/.venv/bin/python" -m jupyterlab --notebook-dir=. notebooks/00_explore.ipynb
 
 lint: $(READY)
 	.venv/bin/ruff check .

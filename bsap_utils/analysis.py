@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .datasets import XYWH, ReferDataset
 from .evaluation import cluster_bootstrap, expression_kind, mcnemar_p, pick_regions
-from .normalization import METHODS, family
+from .normalization import METHODS, family, region_bias
 from .proposals import box_iou
 from .visual_prompts import pixel_edges
 
@@ -166,6 +166,42 @@ def worked_scene(
     expression = ds.expressions.iloc[row]
     rows = torch.from_numpy(np.sort(np.concatenate([picked.numpy(), others])))
     return {"image_id": expression["image_id"], "text": expression["text"], "slot": slot, "rows": rows}
+
+
+def typical_scenes(
+    ds: ReferDataset, logits: ReferLogits, predictions: pd.DataFrame, temperature: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return a typical expression that only BSAP gets right, and one that only CLIP does, with all candidates' scores.
+
+    Typical: the one whose two picks differ in bias by the median of those expressions; to be seen in a picture: of those
+    (where there are such) that speak of attributes only and whose two picks do not overlap. `predictions` is
+    `rec_predictions` of clip and bsap. Keys: image_id, text, outcome ("win", "loss"), truth (xywh), clip and bsap (the rows
+    of `regions` picked), and candidates: their logit and bias, one row of `regions` each.
+    """
+    wide = predictions.pivot(index="sent_id", columns="method", values=["region", "correct"])
+    wide = wide.loc[ds.expressions.index]
+    picked = wide["region"].astype(int)
+    correct = wide["correct"].astype(bool)
+    bias = region_bias(logits.aux, temperature).numpy()
+    taken_off = bias[picked["clip"]] - bias[picked["bsap"]]
+    boxes = predictions.pivot(index="sent_id", columns="method", values=XYWH).loc[ds.expressions.index]
+    apart = box_iou(*(boxes.xs(name, axis=1, level="method").to_numpy() for name in ("clip", "bsap"))) == 0
+    plain = (expression_kind(ds.expressions["text"]) == "attributes").to_numpy() & apart
+    scenes = []
+    for outcome, right, wrong in (("win", "bsap", "clip"), ("loss", "clip", "bsap")):
+        only = (correct[right] & ~correct[wrong]).to_numpy()
+        found = np.flatnonzero(only & plain if (only & plain).any() else only)
+        if len(found):
+            row = found[np.argsort(taken_off[found], kind="stable")[(len(found) - 1) // 2]]
+            expression, picks = ds.expressions.iloc[row], picked.iloc[row]
+            rows = torch.nonzero(logits.group == logits.expression_group[row])[:, 0].numpy()
+            of_query = logits.query[rows, int(logits.expression_slot[row])].numpy()
+            scenes.append(
+                {"outcome": outcome, "image_id": expression["image_id"], "text": expression["text"],
+                 "truth": tuple(ds.regions.loc[expression["ann_id"], XYWH]), "clip": picks["clip"], "bsap": picks["bsap"],
+                 "candidates": pd.DataFrame({"logit": of_query, "bias": bias[rows]}, rows)}
+            )  # fmt: skip
+    return scenes
 
 
 def best_setting(accuracy: pd.DataFrame) -> tuple[float, float]:

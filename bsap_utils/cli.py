@@ -4,8 +4,10 @@
     bsap run --all --params notebooks/params/sample.yaml    # 01, 02, … in order -> figures/sample/
     bsap run 03_rec --list                                  # its parameters, with defaults
     bsap data get refcoco --split val; bsap data check data # the real data sets, and what is on disk
+    bsap embed photos embedded --model ViT-B-32             # features of many images, over Ray where it is installed
     bsap masks refcoco --split val --method felzenszwalb    # candidate masks for 04_ris
     bsap doctor                                             # what is here, what is missing, what to type next
+    bsap cache clear                                        # forget all features that were encoded
 
 Wherever a notebook lies, it runs in this very Python with the repository's root as working directory, so that a
 relative path in a parameter (OUT_DIR too) always means the same. It writes to a staging folder below `runs/<time>/`;
@@ -43,6 +45,7 @@ from bsap_utils import ROOT as CLONE
 from bsap_utils import __version__
 
 ROOT = CLONE if (CLONE / "notebooks").is_dir() else Path.cwd()  # installed without the clone: where the user stands
+INLINE = "module://matplotlib_inline.backend_inline"
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pandas", "numpy", "bsap-utils")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -228,6 +231,10 @@ def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
         # with no kernel folder to look into, "python3" can only be the interpreter that runs this line
         kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # type: ignore[assignment]
 
+        async def start_kernel(self, **how: Any) -> None:  # type: ignore[override]
+            # figures show in the notebook, whatever backend the shell names
+            await super().start_kernel(env={**os.environ, "MPLBACKEND": INLINE}, **how)
+
     logging.getLogger("papermill").setLevel(logging.ERROR)
     how = {"kernel_name": "python3", "language": "python", "kernel_manager_class": ThisPython, "cwd": ROOT}
     how["extra_arguments"] = ["--log-level=50"]  # the kernel's own log: a note on encryption, noise when stopped
@@ -401,6 +408,38 @@ def masks(
     typer.echo(f"Next: bsap run 04_ris -p DATASET {dataset} -p PROPOSALS {shown(target) if out else 'masks'}")
 
 
+@app.command("embed")
+def embed_images(
+    source: Annotated[Path, typer.Argument(help="Folder of images, parquet with image bytes, WebDataset tars.")],
+    out: Annotated[Path, typer.Argument(help="Folder for features/*.parquet, errors.parquet, embedding.json.")],
+    model: Annotated[str, typer.Option(help="As open_clip names it, or local-dir:FOLDER.")] = "ViT-B-32",
+    pretrained: Annotated[str, typer.Option(help="Its weights: a tag of open_clip, or a file.")] = "openai",
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="0: on CPUs.", show_default="all there are")] = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, even if Ray is installed.")] = False,
+    address: Annotated[str, typer.Option(help="Of a Ray cluster, or auto.", show_default="RAY_ADDRESS, or none")] = "",
+    bank: Annotated[
+        str, typer.Option(help="Auxiliary prompts of the bias: coco80, generic or a text file.")
+    ] = "coco80",
+    temperature: Annotated[float, typer.Option(help="Of the bias.")] = 1.0,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16.", show_default="bf16 on GPUs, else fp32")
+    ] = "auto",
+    shard_size: Annotated[int, typer.Option(min=1, help="Images of a shard, at least (a tar is one).")] = 1024,
+) -> None:
+    """Write CLIP features and BSAP's bias of all images as parquet; goes on where it was interrupted."""
+    from bsap_utils import embedding, scoring
+
+    try:
+        embedding.embed(
+            source, out, model, pretrained, num_gpus=num_gpus, local=local, address=address, bank=bank,
+            temperature=temperature, precision=precision, shard_size=shard_size,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
+    except (embedding.EmbeddingError, scoring.ModelError, ValueError, OSError) as e:
+        fail(str(e))
+
+
 data = typer.Typer(no_args_is_help=True, help="Get RefCOCO, RefCOCO+ and RefCOCOg, and check what is on disk.")
 app.add_typer(data, name="data")
 
@@ -449,6 +488,24 @@ def data_check(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A roo
     if wrong:
         more = [f"… and {len(wrong) - 20:,} more"] if len(wrong) > 20 else []
         fail("\n".join([f"{len(wrong):,} things are wrong:", *wrong[:20], *more]))
+
+
+kept = typer.Typer(no_args_is_help=True, help="Features that are kept, so that a second run encodes nothing.")
+app.add_typer(kept, name="cache")
+
+
+@kept.command("clear")
+def cache_clear() -> None:
+    """Delete all kept features; the next run encodes again what it needs. (`bsap doctor` shows how large they are.)"""
+    from bsap_utils import cache
+
+    files, size = cache.clear()
+    typer.echo(f"{files:,} files with {size / 1e6:,.1f} MB deleted from {shown(cache.folder() or Path('nowhere'))}")
+
+
+@kept.callback()
+def cache_group() -> None:
+    """Features that are kept, so that a second run encodes nothing."""
 
 
 if __name__ == "__main__":

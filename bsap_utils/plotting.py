@@ -17,22 +17,28 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
-from PIL.Image import Image
+from matplotlib.ticker import MaxNLocator
+from PIL.Image import Dither, Image, Quantize
+from PIL.ImageOps import posterize
 
-from .datasets import ReferDataset
+from .datasets import XYWH, ReferDataset
 from .proposals import decode_masks
 from .visual_prompts import VISUAL_PROMPTS, patch_masks, show_regions, squash
 
 SINGLE_COLUMN, DOUBLE_COLUMN = 3.4, 7.0  # inches
 METHOD_LABELS = {
     "clip": "CLIP", "bsap": "BSAP", "bsap_h": "BSAP-H", "bsap_minmax": "BSAP min–max", "bsap_zscore": "BSAP z-score",
-    "subtraction": "Subtraction", "dn": "Distribution norm.", "nnn": "NNN", "qb_norm": "QB-Norm", "oracle": "Best candidate",
+    "subtraction": "Subtraction", "dn": "Distribution norm.", "nnn": "NNN", "qb_norm": "QB-Norm",
+    "oracle": "Best candidate", "family": "Family",
 }  # fmt: skip
 # Okabe and Ito's palette, completed from Paul Tol's: told apart with every common kind of colour vision.
 METHOD_COLOURS = {
     "clip": "#D55E00", "bsap": "#0072B2", "bsap_h": "#56B4E9", "bsap_minmax": "#009E73", "bsap_zscore": "#332288",
-    "subtraction": "#E69F00", "dn": "#999933", "nnn": "#CC79A7", "qb_norm": "#882255", "oracle": "#9A9A9A",
+    "subtraction": "#E69F00", "dn": "#999933", "nnn": "#CC79A7", "qb_norm": "#882255", "oracle": "#9A9A9A", "family": "#000000",
 }  # fmt: skip
 TRUTH_COLOUR = "#FFFFFF"
 
@@ -52,6 +58,16 @@ def save(figure: Figure, stem: Path | str) -> None:
     stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         figure.savefig(stem.with_name(stem.name + suffix), metadata=metadata)
+
+
+def with_palette(picture: Image, colours: int = 128) -> Image:
+    """Return a photograph in few colours, dithered: much the same to the eye, and a PNG of it is half as large or less."""
+    # the default, median cut, loses what is small and bright; and PIL dithers only onto a palette that it is given, which
+    # of all 16 million colours would take a minute: so of 32,768, white among them
+    picture = picture.convert("RGB")
+    coarse = posterize(picture, 5).point(lambda value: value * 255 // 248)
+    palette = coarse.quantize(colours, Quantize.MAXCOVERAGE)
+    return picture.quantize(palette=palette, dither=Dither.FLOYDSTEINBERG)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8) -> Figure:
@@ -180,6 +196,62 @@ def scene_panel(ds: ReferDataset, scenes: pd.DataFrame, method: str = "bsap", co
             fontsize=7,
             color="0.3",
         )
+    return figure
+
+
+def hero(ds: ReferDataset, regions: pd.DataFrame, scenes: Sequence[dict[str, Any]], most: int = 8) -> Figure:
+    """Show why CLIP and BSAP pick differently, a column for each of `analysis.typical_scenes`: the picture, and under it
+    the `most` candidates with the highest logits (and BSAP's pick), each with its logit, its bias and what lies between.
+    """
+    figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7), layout=ConstrainedLayoutEngine(h_pad=0.07))
+    panels: Any = figure.subplots(2, len(scenes), height_ratios=(2, 1), squeeze=False)
+    for (above, below), scene in zip(panels.T, scenes, strict=True):
+        image = posterize(ds.load_image(scene["image_id"]), 5)
+        picks = {scene[name]: name for name in ("clip", "bsap")}
+        scored = scene["candidates"].sort_values("logit", ascending=False)
+        shown = scored[(np.arange(len(scored)) < most) | (scored.index == scene["bsap"])]
+        above.imshow(image, interpolation="nearest")
+        above.set_autoscale_on(False)
+        above.axis("off")
+        above.set_title(
+            f"“{scene['text']}”: BSAP {'mends' if scene['outcome'] == 'win' else 'breaks'} it", weight="bold"
+        )
+        for row, name in picks.items():
+            right = (name == "bsap") == (scene["outcome"] == "win")
+            label = f"{METHOD_LABELS[name]}: {'right' if right else 'wrong'}"
+            _outline(above, regions.loc[row, XYWH].tolist(), METHOD_COLOURS[name], label)
+        _outline(above, scene["truth"], TRUTH_COLOUR, "", dashed=True)
+        for x, (row, (logit, bias)) in enumerate(zip(shown.index, shown[["logit", "bias"]].to_numpy(), strict=True)):
+            colour = METHOD_COLOURS.get(picks.get(row, ""), "0.72")
+            below.vlines(x, logit, bias, color=colour if row == scene["bsap"] else "0.82", linewidth=5)
+            below.plot(x, bias, "_", color="0.2", markersize=14, markeredgewidth=2)
+            below.plot(x, logit, "o", color=METHOD_COLOURS["clip"], markersize=6)
+            x0, y0, width, height = regions.loc[row, XYWH]
+            crop = image.crop((x0, y0, x0 + max(width, 1), y0 + max(height, 1))).resize((40, 40))
+            picture = OffsetImage(np.asarray(crop), zoom=0.5, interpolation="nearest")
+            at = {"xycoords": below.get_xaxis_transform(), "annotation_clip": False}
+            below.add_artist(AnnotationBbox(picture, (x, 0), (0, -15), boxcoords="offset points", pad=0.15,
+                                            bboxprops={"edgecolor": colour, "linewidth": 2}, **at))  # fmt: skip
+            for name, value, down in (("clip", f"{logit:.1f}", -29), ("bsap", f"{logit - bias:+.1f}", -39)):
+                below.annotate(value.replace("-", "−"), (x, 0), (0, down), textcoords="offset points", ha="center", va="top",
+                               fontsize=7, color=METHOD_COLOURS[name] if row == scene[name] else "0.35",
+                               weight="bold" if row == scene[name] else "normal", **at)  # fmt: skip
+        for name, value, down in (("clip", "s", -29), ("bsap", "s − bias", -39)):
+            below.annotate(value, (0, 0), (-4, down), textcoords="offset points", ha="right", va="top", fontsize=7,
+                           color=METHOD_COLOURS[name], **{**at, "xycoords": "axes fraction"})  # fmt: skip
+        below.set(xticks=[], xlim=(-0.7, len(shown) - 0.3), ylabel="logit")
+        below.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    marks = [Line2D([], [], marker="o", linestyle="", color=METHOD_COLOURS["clip"]),
+             Line2D([], [], marker="_", linestyle="", color="0.2", markersize=10, markeredgewidth=2),
+             Line2D([], [], color=METHOD_COLOURS["bsap"], linewidth=5, solid_capstyle="butt")]  # fmt: skip
+    said = [
+        "logit s: CLIP takes the highest",
+        "bias: its level with the auxiliary prompts",
+        "s − bias: BSAP takes the highest",
+    ]
+    figure.legend(
+        marks, said, loc="outside lower center", ncols=3, handletextpad=0.4, columnspacing=1.2, handlelength=1.2
+    )
     return figure
 
 
@@ -359,6 +431,76 @@ def worked_example(image: Image, boxes: np.ndarray, logits: pd.DataFrame, steps:
         axis.set_yticks(np.arange(len(values)), values.index)
         axis.set_title(name, fontsize=8)
     panels[0].invert_yaxis()
+    return figure
+
+
+MOST_ROWS = 20  # regions that `region_scores` lists: more could not be read
+
+
+def region_scores(image: Image, boxes: np.ndarray, table: pd.DataFrame, method: str, expression: str,
+                  truth: np.ndarray | None = None, right: Sequence[int] = (),
+                  figure: Figure | None = None) -> Figure:  # fmt: skip
+    """Show a picture with its regions, and beside it each region's logit, bias and corrected score, sorted by the logit.
+
+    `boxes` [N, 4] (xywh, pixels); `table` [N, 3] has the columns clip, bias, score (of `method`), its index names the
+    regions; `truth` [4] is the box that is meant and `right` the positions of the regions that count as it, where that is
+    known. CLIP's pick and that of `method` have their method's colour. `figure` is drawn over, which is quicker than a new one.
+    """
+    figure = figure or Figure(figsize=(DOUBLE_COLUMN, 3.2))
+    figure.clear()
+    figure.set_layout_engine(
+        "none"
+    )  # two axes in fixed places, without ticks: it is drawn anew for each move of a slider
+    picks = {"clip": int(table["clip"].argmax()), method: int(table["score"].argmax())}
+    order = np.argsort(-table["clip"].to_numpy(), kind="stable")
+    rows = [*order[:MOST_ROWS], *(i for i in {picks[method], *right} if i not in order[:MOST_ROWS])]
+    left, panel = figure.add_axes((0.005, 0.07, 0.49, 0.84), anchor="NW"), figure.add_axes((0.535, 0.02, 0.46, 0.97))
+    for axis in (left, panel):
+        axis.axis("off")
+    shown = image.copy()
+    shown.thumbnail((800, 800))  # a photo of a camera would take most of the time
+    left.imshow(shown, extent=(0, image.width, image.height, 0), interpolation="bilinear")
+    left.set_autoscale_on(False)
+    for i in rows:
+        x, y, w, h = boxes[i]
+        for width, edge in ((1.6, "black"), (0.8, "white")):
+            left.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=edge, linewidth=width))
+        left.text(x + w, y + h, str(table.index[i]), fontsize=6.5, color="white", ha="right", va="bottom",
+                  bbox={"boxstyle": "square,pad=0.12", "facecolor": "0.15", "edgecolor": "none"})  # fmt: skip
+    apart = 0.012 * max(image.size)  # frames of the same region lie around each other
+    for name, i in picks.items():
+        frames = (i in right) + (name == "clip" and method != "clip" and i == picks[method])
+        around = boxes[i] + frames * apart * np.array([-1, -1, 2, 2])
+        _outline(left, around.tolist(), METHOD_COLOURS[name], METHOD_LABELS[name], below=name != "clip")
+    if truth is not None:
+        _outline(left, truth.tolist(), TRUTH_COLOUR, "", dashed=True)
+    title = textwrap.wrap(f"“{expression}”", 52)
+    figure.text(0.005, 0.925, title[0] + (" …" if len(title) > 1 else ""), fontsize=9, va="bottom", parse_math=False)
+    known = "White dashes: what is meant. ✓: overlaps it with IoU > 0.5. " if truth is not None else ""
+    few = f"{len(rows)} of {len(table)} regions are listed." if len(rows) < len(table) else ""
+    figure.text(0.005, 0.015, known + few, fontsize=7, color="0.35", va="bottom")
+
+    place, height = np.arange(len(rows)), max(len(rows), 8)
+    panel.set(xlim=(-0.22, 3), ylim=(height - 0.5, -0.07 * height - 0.5))
+    for y, i in enumerate(rows):
+        panel.text(-0.05, y, ("✓ " if i in right else "") + str(table.index[i]), va="center_baseline", ha="right")
+    titles = {"clip": "CLIP's logit", "bias": "its bias", "score": METHOD_LABELS[method]}
+    colours = {"clip": METHOD_COLOURS["clip"], "bias": OF_REGION, "score": METHOD_COLOURS[method]}
+    picked = {"clip": [picks["clip"]], "bias": rows, "score": [picks[method]]}
+    for start, (column, title_of) in enumerate(titles.items()):
+        values = table[column].to_numpy()[rows]
+        end = start + 0.06 + 0.5 * (values - values.min()) / (float(np.ptp(values)) or 1.0)
+        fill = [colours[column] if i in picked[column] else "0.65" for i in rows]
+        panel.vlines(start, -0.5, len(rows) - 0.5, color="0.2", linewidth=0.7)
+        panel.hlines(place, start, end, color=fill, linewidth=1.4)
+        panel.scatter(end, place, color=fill, s=14, zorder=3)
+        for x, y, value, i in zip(end.tolist(), place.tolist(), values, rows, strict=True):
+            weight = "bold" if column != "bias" and i in picked[column] else "normal"
+            panel.text(
+                x + 0.045, y, f"{value:.2f}".replace("-", "−"), va="center_baseline", fontsize=7, fontweight=weight
+            )
+        panel.scatter(start + 0.03, -0.045 * height - 0.5, color=colours[column], s=22)
+        panel.text(start + 0.09, -0.045 * height - 0.5, title_of, va="center_baseline")
     return figure
 
 

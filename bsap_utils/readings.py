@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 
 from .analysis import best_level
 from .evaluation import ORACLE
-
-if TYPE_CHECKING:
-    pass
-
 
 _SAID = {"clip": "CLIP", "bsap": "BSAP", "bsap_h": "BSAP-H", "bsap_minmax": "BSAP min–max", "bsap_zscore": "BSAP z-score",
          "dn": "distribution normalization", "nnn": "NNN", "qb_norm": "QB-Norm"}  # fmt: skip
@@ -191,3 +185,104 @@ def cross_reading(cross: pd.DataFrame) -> str:
             f"apart at T = 1, {span.min():.1f} at T = {span.idxmin()} (least) and {span.max():.1f} at T = {span.idxmax()} "
             "(most).")  # fmt: skip
     return text.replace("T = inf", "T = ∞")
+
+
+# The answers of the notebooks, two sentences each. They are built from tables that are committed with the figures, so that a
+# test can build them again. What a row is compared with stands in its columns delta_vs_clip, delta_ci_low and delta_ci_high.
+
+
+def _place(dataset: str, split: str) -> str:
+    return f"On the bundled sample ({dataset} {split})" if dataset == "refshapes" else f"On {dataset} {split}"
+
+
+def _verdict(row: pd.Series) -> str:
+    said = "better than" if row.delta_ci_low > 0 else "worse than" if row.delta_ci_high < 0 else "not told from"
+    return f"**{said} CLIP**"
+
+
+def _gap(row: pd.Series) -> str:
+    return f"{row.delta_vs_clip:+.1f} points, 95 % interval {row.delta_ci_low:+.1f} to {row.delta_ci_high:+.1f}"
+
+
+def range_answer(
+    shares: pd.DataFrame, changes: pd.DataFrame, sees: pd.DataFrame, where: tuple[str, str], bank: str
+) -> str:
+    """Return notebook 01's answer, from its tables variance, mean_removed and bias_sees; `where`: dataset and split."""
+    region, without, bsap = (
+        shares.loc["CLIP, in an image"],
+        changes.loc["CLIP less each region's mean"],
+        changes.loc["BSAP"],
+    )
+    harm = {"better": "and does harm", "worse": "and helps"}.get(
+        _verdict(without)[2:].split()[0], "and is not shown to do harm"
+    )
+    return (
+        f"{_place(*where)} {100 * region.region:.0f} % of what decides between the regions of an image is the region's own level "
+        f"(95 % interval {100 * region.region_ci_low:.0f} to {100 * region.region_ci_high:.0f} %), which has nothing to do with "
+        f"the text {harm}: without it, CLIP's accuracy changes by {_gap(without)}. A correction gains only what its bank sees of "
+        f"that: BSAP's bias with the bank “{bank}” goes with the regions' levels at ρ = {sees['spearman'].iloc[0]:.2f} (1 would "
+        f"be all), and BSAP is {_verdict(bsap)} ({_gap(bsap)})."
+    )
+
+
+def family_answer(table: pd.DataFrame, dataset: str, chosen_on: str, reported_on: str) -> str:
+    """Return notebook 02's answer, from its table family_test, BSAP first and what was chosen last."""
+    bsap, chosen = table.iloc[0], table.iloc[-1]
+    return (
+        "BSAP takes off each region's logit a soft maximum of its logits with auxiliary prompts, one point (T = 1, w = 1) of the "
+        f"family s − w · pool_T(a) that holds the published corrections too. {_place(dataset, reported_on)} that point is "
+        f"{_verdict(bsap)}, {bsap.accuracy:.1f} % against {bsap.clip_accuracy:.1f} % ({_gap(bsap)}), and the point that was best "
+        f"on {chosen_on}, T = {float(chosen.temperature):.3g} and w = {chosen.weight:g}, is {_verdict(chosen)} with "
+        f"{chosen.accuracy:.1f} % ({_gap(chosen)})."
+    )
+
+
+def rec_answer(table: pd.DataFrame, compared: str = "bsap", temperature: float = 1.0) -> str:
+    """Return notebook 03's answer, from the last split of its table rec."""
+    last = table[table["split"] == table["split"].iloc[-1]].set_index("method")
+    row, best = last.loc[compared], last.loc[last["accuracy"].idxmax()]
+    name, leader = (_SAID.get(str(one.name), str(one.name)) for one in (row, best))
+    return (
+        f"{_place(row.dataset, row.split)} {name} (T = {temperature:g}, bank “{row.aux_bank}”) is {_verdict(row)}: right for "
+        f"{row.accuracy:.1f} % of {row.n:,} expressions, CLIP for {last.loc['clip', 'accuracy']:.1f} % ({_gap(row)}). Of "
+        f"all {len(last)} methods {leader} comes out highest, found after the fact: {best.accuracy:.1f} % ({_gap(best)})."
+    )
+
+
+def ris_answer(table: pd.DataFrame, compared: str = "bsap") -> str:
+    """Return notebook 04's answer, from the last split of its table ris."""
+    last = table[table["split"] == table["split"].iloc[-1]].set_index("method")
+    row, clip, best = last.loc[compared], last.loc["clip"], last.loc[ORACLE]
+    said = []
+    for measure, label in (("miou", "mean IoU"), ("oiou", "overall IoU")):
+        columns = {
+            f"delta_{measure}_{end}": f"delta_{to}"
+            for end, to in (("low", "ci_low"), ("high", "ci_high"), ("vs_clip",) * 2)
+        }
+        change = row.rename(columns)
+        said.append(
+            f"by {label} {_verdict(change)} ({row[measure]:.1f} % against {clip[measure]:.1f} %, {_gap(change)})"
+        )
+    return (
+        f"{_place(row.dataset, row.split)} {_SAID.get(compared, compared)} is {' and '.join(said)}. No method here improves a "
+        f"mask, and the best candidate of every picture would have a mean IoU of {best['miou']:.1f} %: "
+        f"{best['miou'] - row['miou']:.1f} points are lost by choosing, {100 - best['miou']:.1f} by the segmenter."
+    )
+
+
+def choice_answer(table: pd.DataFrame, dataset: str, chosen_on: str, reported_on: str) -> str:
+    """Return notebook 05's answer, from its table ablation_choice: the defaults first, and one headline."""
+    default, headline = table.iloc[0], table[table["headline"]].iloc[0]
+    single = table[(table.index > 0) & ~table["level"].str.contains("×")]
+    most = single.loc[single["delta_vs_default"].abs().idxmax()]
+    text = (
+        f"{_place(dataset, reported_on)} BSAP with its defaults is {_verdict(default)} ({_gap(default)}), and of the single "
+        f"choices made on {chosen_on} the one that moves it most is *{most.level}*: {most.delta_vs_default:+.1f} points "
+        f"({most.default_ci_low:+.1f} to {most.default_ci_high:+.1f}). "
+    )
+    if headline.name == default.name:
+        return f"{text}Nothing that was tried was better on {chosen_on} than the defaults."
+    return (
+        f"{text}The setting that was best on {chosen_on}, *{headline.level}*, is {_verdict(headline)}: {headline.accuracy:.1f} % "
+        f"against {headline.clip_accuracy:.1f} % ({_gap(headline)})."
+    )

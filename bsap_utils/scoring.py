@@ -391,7 +391,7 @@ class ClipScorer:
                     features = torch.nn.functional.normalize(features, dim=-1).cpu()
                 unknown = (~known).tolist()
                 self._text_features.update(zip(itertools.compress(new, unknown), features, strict=True))
-                if space:
+                if space and len(texts) > 1:  # one that somebody typed is not worth two files
                     space.put(list(itertools.compress(keys, unknown)), features)
         if not len(texts):
             raise ValueError("Nothing to encode: no texts were given.")

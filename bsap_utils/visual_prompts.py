@@ -14,7 +14,9 @@ torch.Size([2, 1, 3, 32, 32])
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from PIL import Image, ImageFilter
@@ -41,11 +43,11 @@ def pixel_edges(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: float, exact: bool = False) -> Tensor:
-    """Blur [3, H, W] uint8 with standard deviation `sigma` in pixels; borders repeat the edge pixel.
+    """Blur [3, H, W] uint8 with standard deviation `sigma` in pixels, as PIL does and hence ReCLIP.
 
-    A wide blur has no fine detail, so it is done on a smaller picture: σ = 100 px costs a kernel of 41 taps instead of
-    661. It is nearer to the exact Gaussian than PIL's three box blurs, which ReCLIP uses (a test compares all three).
-    `exact` takes PIL's, on the CPU.
+    PIL takes three box blurs for a Gaussian, and each repeats the edge pixel that it finds. A wide blur has no fine detail,
+    so this one is worked out at some points only, six to a σ, and interpolated: two small matrix products. From PIL it
+    differs by 0.1 grey levels on average and 1 at most (a test, σ = 100 px). `exact` takes PIL itself, on the CPU.
 
     >>> gaussian_blur(torch.full((3, 8, 8), 7, dtype=torch.uint8), sigma=100.0).unique()
     tensor([7], dtype=torch.uint8)
@@ -54,20 +56,38 @@ def gaussian_blur(image: Tensor, sigma: float, exact: bool = False) -> Tensor:
         blurred = transforms.to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma))
         return transforms.pil_to_tensor(blurred).to(image.device)
     height, width = image.shape[-2:]
-    factor = max(1.0, sigma / 6)
-    small_size = [max(1, round(height / factor)), max(1, round(width / factor))]
-    small = functional.interpolate(image[None].float(), small_size, mode="bilinear", antialias=True)
-    for axis, (whole, part) in enumerate(zip((height, width), small_size, strict=True)):
-        spread = sigma * part / whole
-        reach = max(1, round(3.3 * spread))
-        taps = torch.arange(-reach, reach + 1, device=image.device, dtype=torch.float32)
-        kernel = torch.softmax(-(taps**2) / (2 * spread**2), 0)
-        shape = (3, 1, -1, 1) if axis == 0 else (3, 1, 1, -1)
-        padding = (0, 0, reach, reach) if axis == 0 else (reach, reach, 0, 0)
-        padded = functional.pad(small, padding, mode="replicate")
-        small = functional.conv2d(padded, kernel.expand(3, 1, -1).reshape(shape), groups=3)
-    blurred = functional.interpolate(small, (height, width), mode="bilinear")
-    return blurred[0].round().clamp(0, 255).byte()
+    down, across = (_blur_matrix(length, sigma, image.device) for length in (height, width))
+    small = down @ (image.float() @ across.T)
+    blurred = functional.interpolate(small[None], (height, width), mode="bilinear", align_corners=True)[0]
+    return blurred.round_().clamp_(0, 255).byte()
+
+
+@lru_cache(64)  # pictures of a data set have few different sizes
+def _blur_matrix(length: int, sigma: float, device: torch.device) -> Tensor:
+    """Return three box blurs of a line of `length` pixels, at n evenly spaced points of it: [n, length] float32."""
+    whole = math.floor((math.sqrt(4 * sigma**2 + 1) - 1) / 2)  # Gwosdek et al. (2011), section 4.1, as in PIL
+    part = (2 * whole + 1) * (whole * (whole + 1) - sigma**2) / (6 * (sigma**2 / 3 - (whole + 1) ** 2))
+    box = 2 * (whole + part) + 1  # pixels
+    count = min(length, math.ceil(6 * (length - 1) / sigma) + 1)
+    step = (length - 1) / max(count - 1, 1) or 1.0  # pixels from point to point
+    first = _box_matrix(torch.linspace(0, length - 1, count), length, box)
+    again = _box_matrix(torch.arange(count), count, box / step)
+    return (again @ again @ first).to(device)
+
+
+def _box_matrix(centres: Tensor, length: int, box: float) -> Tensor:
+    """Return the mean of a line over a box, as long as that many pixels, around each centre [n]: [n, length] float32.
+
+    Beyond its ends the line goes on as it ends.
+    """
+    beyond = math.ceil(box / 2)
+    distance = (torch.arange(-beyond, length + beyond) - centres[:, None]).abs()
+    weights = ((box + 1) / 2 - distance).clamp(0, 1)
+    weights /= weights.sum(1, keepdim=True)
+    matrix = weights[:, beyond : beyond + length].clone()
+    matrix[:, 0] += weights[:, :beyond].sum(1)
+    matrix[:, -1] += weights[:, beyond + length :].sum(1)
+    return matrix
 
 
 def box_masks(boxes: Tensor, image: Tensor) -> Tensor:

@@ -368,3 +368,65 @@ def test_figures_are_drawn_without_background_errors_or_correlations():
     for figure in figures:
         figure.canvas.draw()
         plt.close(figure)
+
+
+def logits_of(ds, regions):
+    names, group = np.unique(regions["image_id"], return_inverse=True)
+    slot = ds.expressions.groupby("image_id").cumcount().to_numpy()
+    of = np.searchsorted(names, ds.expressions["image_id"])
+    random = torch.randn(len(group), slot.max() + 5, generator=torch.Generator().manual_seed(3))
+    return ReferLogits(random[:, 4:].clone(), random[:, :4].clone(), *map(torch.tensor, (group, of, slot)))
+
+
+def test_typical_scenes_are_the_median_of_wins_and_of_losses(sample):
+    ds = sample.select(split="val", limit=40)
+    regions = load_proposals(ds, "detections", "data/refshapes")
+    logits = logits_of(ds, regions)
+    logits.query.add_(1.5 * right_regions(ds, regions, logits))
+    predictions = evaluation.rec_predictions(ds, regions, logits, ["clip", "bsap"])
+    scenes = analysis.typical_scenes(ds, logits, predictions)
+    assert [scene["outcome"] for scene in scenes] == ["win", "loss"]
+
+    bias = torch.logsumexp(logits.aux, 1).numpy()
+    kinds = evaluation.expression_kind(ds.expressions["text"]).to_numpy()
+    by_expression = predictions.set_index(["sent_id", "method"])
+    for scene, right, wrong in zip(scenes, ("bsap", "clip"), ("clip", "bsap"), strict=True):
+        moved = {}
+        for row, (sent_id, expression) in enumerate(ds.expressions.iterrows()):
+            one = by_expression.loc[sent_id]
+            boxes = [one.loc[[name], XYWH].to_numpy() for name in ("clip", "bsap")]
+            apart = evaluation.box_iou(*boxes)[0] == 0
+            if one.loc[right, "correct"] and not one.loc[wrong, "correct"] and apart and kinds[row] == "attributes":
+                moved[expression["image_id"], expression["text"]] = (
+                    bias[one.loc["clip", "region"]] - bias[one.loc["bsap", "region"]]
+                )
+        assert (
+            len(moved) > 2 and (scene["image_id"], scene["text"]) == sorted(moved, key=moved.get)[(len(moved) - 1) // 2]
+        )
+        candidates = scene["candidates"]
+        assert candidates["logit"].idxmax() == scene["clip"]
+        assert (candidates["logit"] - candidates["bias"]).idxmax() == scene["bsap"]
+        assert (regions.loc[candidates.index, "image_id"] == scene["image_id"]).all()
+
+    figure = plotting.hero(ds, regions, scenes, most=3)
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert [title.rsplit(": ")[-1] for title in titles if title] == ["BSAP mends it", "BSAP breaks it"]
+    for scene, below in zip(scenes, figure.axes[2:], strict=True):
+        shown = min(3, len(scene["candidates"])) + (
+            scene["candidates"]["logit"].rank(ascending=False)[scene["bsap"]] > 3
+        )
+        bold = {t.get_text() for t in below.texts if t.get_weight() == "bold"}
+        s, b = (scene["candidates"][column] for column in ("logit", "bias"))
+        gap = f"{s[scene['bsap']] - b[scene['bsap']]:+.1f}".replace("-", "−")
+        assert bold == {f"{s.max():.1f}".replace("-", "−"), gap}
+        assert len(below.collections) == shown, "a line a candidate"
+    plt.close(figure)
+
+
+def test_where_the_methods_agree_there_is_no_typical_scene(sample):
+    ds = sample.select(split="val", limit=3)
+    regions = load_proposals(ds, "detections", "data/refshapes")
+    logits = logits_of(ds, regions)
+    logits.aux.zero_()
+    predictions = evaluation.rec_predictions(ds, regions, logits, ["clip", "bsap"])
+    assert analysis.typical_scenes(ds, logits, predictions) == []

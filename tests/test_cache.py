@@ -68,7 +68,7 @@ def test_only_what_is_new_is_encoded(few, counted):
     assert scorer.images == 2 * len(regions) - 10
     assert torch.allclose(features, counted(cache=False).encode_regions(few, regions, ("crop", "blur")), atol=1e-6)
     texts = counted()
-    texts.encode_texts(["star"])
+    texts.encode_texts(["star", "mug"])
     again = counted()
     again.encode_texts(["key", "star"])
     assert again.texts == 1
@@ -210,6 +210,14 @@ def test_usage_and_clear(few, counted, kept):
     again = counted()
     again.encode_regions(few, ground_truth(few), ["crop"])
     assert again.images
+
+
+def test_bsap_cache_clear_says_what_it_did(few, counted, kept):
+    counted().encode_regions(few, ground_truth(few), ["crop"])
+    command = [sys.executable, "-m", "bsap_utils.cli", "cache", "clear"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"3 files with 0.0 MB deleted from {kept}" in done.stdout, done.stderr
+    assert cache.usage() == (0, 0)
 
 
 def test_without_a_folder_nothing_is_kept(few, counted, monkeypatch, tmp_path):

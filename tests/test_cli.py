@@ -154,6 +154,16 @@ def test_executed_notebook_and_page_are_kept(executed, root):
     assert f"runs/{folder.name}/03_rec.ipynb" in executed[0]
 
 
+def test_figures_show_in_the_executed_notebook_whatever_backend_the_shell_names(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")  # as servers do, and make
+    file = notebook(tmp_path / "plot.ipynb", "import matplotlib.pyplot as plt\nplt.plot([1, 2]);", parameters="A = 1")
+    before = set((root / "runs").iterdir())
+    bsap("run", file)
+    (folder,) = set((root / "runs").iterdir()) - before
+    (output,) = nbformat.read(folder / "plot.ipynb", as_version=4).cells[-1].outputs
+    assert output.data["image/png"] and os.environ["MPLBACKEND"] == "agg"
+
+
 def test_what_a_notebook_writes_no_more_is_removed_and_params_files_hold(executed, root):
     (root / "shorter").touch()
     (executed[1] / "notes.txt").write_text("mine")
