@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -183,6 +184,16 @@ def shift_and_scale_from_features(
     correct = _correction(method)
     values = _by_block(lambda aux: torch.cat(correct(aux, **options), 1), features, aux_features, logit_scale, block)
     return values[:, 0], values[:, 1]
+
+
+def default_options(method: str) -> dict[str, float]:
+    """Return the options of METHODS[`method`] with their defaults. Raises ValueError for a method that there is not.
+
+    >>> default_options("nnn"), default_options("bsap_h")
+    ({'k': 16, 'weight': 0.75}, {'weight': 0.5, 'temperature': 1.0})
+    """
+    function = _bsap_h if method == "bsap_h" else _correction(method)
+    return {p.name: p.default for p in signature(function).parameters.values() if p.default is not p.empty}
 
 
 # A correction takes auxiliary logits [R, M] in floats and returns a shift and a scale, [R, 1] each; all but BSAP-H are one.
