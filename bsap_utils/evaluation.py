@@ -584,7 +584,7 @@ def retrieval_table(
             for j, name in enumerate((f"recall_{k}", f"delta_{k}")):
                 values = percent(np.array([hit[:, j].mean(), low[j], high[j]]))
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-        steps = np.unique(np.quantile(rank, np.linspace(0, 1, 513), method="lower"))
+        steps = np.unique(np.quantile(rank, np.linspace(0, 1, 201), method="lower"))
         low, high = cluster_bootstrap((rank[:, None] <= steps) * 1.0, images, seed=seed)
         bounds = [steps[(share >= 0.5).argmax()] if np.isfinite(share).all() else np.nan for share in (high, low)]
         rows.append({**row, "median_rank": np.median(rank), "median_low": bounds[0], "median_high": bounds[1]})

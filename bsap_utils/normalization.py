@@ -319,9 +319,11 @@ def _soft_maximum(aux: Tensor, temperature: float) -> Tensor:
         return aux.mean(1)
     top = aux.detach().amax(1, keepdim=True)  # cancels out, so it needs no gradient
     exponent = (aux - top) / _checked_temperature(temperature)
-    excess = exponent.expm1().mean(1)
-    # at large T log1p keeps what log M would swallow; at small T excess is near −1, where log1p loses digits
-    log_mean = torch.where(excess > -0.5, excess.log1p(), exponent.logsumexp(1) - math.log(aux.shape[1]))
+    total = exponent.exp().sum(1)
+    log_mean = total.log() - math.log(aux.shape[1])
+    near = total > aux.shape[1] / 2
+    if near.any():  # at large T log1p keeps what log M would swallow; elsewhere the sum is far from it, and costs half
+        log_mean = torch.where(near, exponent.expm1().mean(1).log1p(), log_mean)
     return top[:, 0] + temperature * log_mean
 
 

@@ -289,6 +289,22 @@ class BalancedIndex:
         return balanced
 
 
+def synthetic_features(features: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Return `count` unit vectors like those of `features` [R, D]: mixtures of two of them and a little noise, by `seed`.
+
+    So their biases are distributed much as those of `features`, at any size: for measuring an index, not a method.
+
+    >>> synthetic_features(torch.eye(4), 1000).shape
+    torch.Size([1000, 4])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randint(len(features), (2, count), generator=generator)
+    mixed = torch.randn(count, features.shape[1], generator=generator).mul_(0.4 / math.sqrt(features.shape[1]))
+    share = torch.rand(count, 1, generator=generator)
+    mixed.addcmul_(features[first], share).addcmul_(features[second], 1 - share)
+    return torch.nn.functional.normalize(mixed, dim=1, out=mixed)
+
+
 def _with_bias(factory: str, dimension: int) -> tuple[str, int]:
     """Return factory and width with room for the extra coordinate: a product quantizer gets a part more, for it alone.
 

@@ -157,7 +157,7 @@ def overlap(found, truth):
 
 
 @pytest.mark.parametrize("factory", ["HNSW32", "SQ8", "PQ16x6np", "IVF32,SQ8"])
-@pytest.mark.parametrize("method", ["bsap", "bsap_zscore"])
+@pytest.mark.parametrize("method", ["bsap", "nnn"])
 def test_the_extra_coordinate_costs_under_one_percent(vectors, factory, method):
     """Recall@10 against that of the same compression of f alone, with the bias in full precision."""
     images, aux, texts = vectors[0][:4000], *vectors[1:]
