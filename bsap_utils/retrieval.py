@@ -86,24 +86,22 @@ class BalancedIndex:
         """
         given = options if temperature is None else {**options, "temperature": temperature}
         balanced = cls(aux_features, logit_scale, method, factory, given)
-        features = _floats(image_features, "image_features", balanced.aux_features.shape[1])
-        if not balanced.index.is_trained or factory != "Flat":
-            if not len(features):
+        if factory != "Flat":
+            if not len(image_features):
                 raise ValueError(f"image_features has no image, and {factory} must be trained on some.")
             lists = re.search(r"IVF(\d+)", factory)
             most = max(ROWS, 64 * int(lists[1]) if lists else 0)
-            chosen = np.sort(np.random.default_rng(0).permutation(len(features))[:most])
-            vectors = balanced._vectors(features[torch.from_numpy(chosen)])
-            rest, bias = vectors[:, : features.shape[1]], vectors[:, features.shape[1]]
+            chosen = np.sort(np.random.default_rng(0).permutation(len(image_features))[:most])
+            vectors, dimension = balanced._vectors(image_features[chosen]), balanced.aux_features.shape[1]
+            rest, bias = vectors[:, :dimension], vectors[:, dimension]
             norm, spread = float(np.linalg.norm(rest, axis=1).mean()), float(bias.std())
             balanced.offset, balanced.gain = -float(bias.mean()), 1 / norm if norm else 1.0
             if spread * balanced.gain > 1e-6:
                 # measured (tests/benchmarks/retrieval.py): a bias as spread as the other coordinates, or more, coarsens the
                 # cells of IVF; a quarter of that is as good as less
-                balanced.unit = 4 * spread * balanced.gain * math.sqrt(features.shape[1])
-            vectors = balanced._vectors(features[torch.from_numpy(chosen)])
-            balanced.index.train(vectors)
-        balanced.add(features)
+                balanced.unit = 4 * spread * balanced.gain * math.sqrt(dimension)
+            balanced.index.train(balanced._vectors(image_features[chosen]))
+        balanced.add(image_features)
         return balanced
 
     def __len__(self) -> int:
@@ -112,10 +110,8 @@ class BalancedIndex:
     def add(self, image_features: Tensor | np.ndarray) -> None:
         """Add images [N, D], corrected with the settings of `build`; their ids go on from the last."""
         dimension = self.aux_features.shape[1]
-        for part in _floats(image_features, "image_features", dimension).split(ROWS):
-            if not len(part):
-                continue
-            vectors = self._vectors(part)
+        for start in range(0, len(image_features), ROWS):  # so that an array on disk is read in pieces
+            vectors = self._vectors(image_features[start : start + ROWS])
             norm = float(np.linalg.norm(vectors[:, :dimension], axis=1).max())
             bias = float(np.abs(vectors[:, dimension]).max())
             self.largest = [max(pair) for pair in zip(self.largest, (norm, bias), strict=True)]
@@ -143,9 +139,7 @@ class BalancedIndex:
         if method == "bsap_h":
             return self._hybrid(queries, min(k, len(self)), probability)
         scores, ids = (torch.from_numpy(part) for part in self._nearest(queries, min(k, len(self))))
-        if (
-            probability
-        ):  # score = query − T · log(mean(exp(aux / T))): the rest of the bias is that of one prompt T · log M
+        if probability:  # the score lacks the bias's constant T · log M: as if that were the only auxiliary logit
             temperature = self.settings["temperature"]
             constant = torch.full((len(scores), 1), temperature * math.log(len(self.aux_features)))
             scores = bsap(scores, constant, temperature)
@@ -199,8 +193,9 @@ class BalancedIndex:
         best[text[kept], place[kept]] = torch.from_numpy(ids[order][kept])
         return scores, best
 
-    def _vectors(self, features: Tensor) -> np.ndarray:
+    def _vectors(self, image_features: Tensor | np.ndarray) -> np.ndarray:
         """Return what the index stores of images, [N, D] -> [N, width]: f / scale, the extra coordinate, zeros."""
+        features = _floats(image_features, "image_features", self.aux_features.shape[1])
         settings = dict(self.settings)
         method, logit_scale = settings.pop("method"), settings.pop("logit_scale")
         if method == "bsap_h":
@@ -322,10 +317,10 @@ def _with_bias(factory: str, dimension: int) -> tuple[str, int]:
 
 def _floats(features: Tensor | np.ndarray, name: str, dimension: int | None = None) -> Tensor:
     """Return features as a float32 matrix on the CPU, or say what does not fit."""
-    features = torch.as_tensor(np.require(features, requirements="W") if isinstance(features, np.ndarray) else features)
-    if features.ndim != 2 or dimension not in (None, features.shape[1]):
+    if len(features.shape) != 2 or dimension not in (None, features.shape[1]):
         raise ValueError(f"{name} {list(features.shape)}: a matrix [rows, {dimension or 'dimensions'}] is needed.")
-    return features.detach().to("cpu", torch.float32).contiguous()
+    tensor = torch.tensor(features) if isinstance(features, np.ndarray) else features.detach()  # may be read-only
+    return tensor.to("cpu", torch.float32).contiguous()
 
 
 def _sha256(file: Path) -> str:
