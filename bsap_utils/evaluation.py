@@ -577,15 +577,15 @@ def retrieval_table(
     """
     rows = []
     for method, rank in ranks.items():
-        row: dict[str, Any] = {"method": method, "n": len(rank)}
-        for k in at:
-            hit = np.stack([rank <= k, (rank <= k) * 1.0 - (ranks["clip"] <= k)], 1)
-            low, high = cluster_bootstrap(hit, images, seed=seed)
-            for j, name in enumerate((f"recall_{k}", f"delta_{k}")):
-                values = percent(np.array([hit[:, j].mean(), low[j], high[j]]))
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
         steps = np.unique(np.quantile(rank, np.linspace(0, 1, 201), method="lower"))
-        low, high = cluster_bootstrap((rank[:, None] <= steps) * 1.0, images, seed=seed)
-        bounds = [steps[(share >= 0.5).argmax()] if np.isfinite(share).all() else np.nan for share in (high, low)]
+        hit, clip = (of[:, None] <= np.array(at) for of in (rank, ranks["clip"]))
+        parts = np.concatenate([hit, hit * 1.0 - clip, rank[:, None] <= steps], 1)
+        low, high = cluster_bootstrap(parts, images, seed=seed)
+        values = percent(np.stack([parts.mean(0), low, high], 1))
+        row: dict[str, Any] = {"method": method, "n": len(rank)}
+        for name, of_name in zip([f"{kind}_{k}" for kind in ("recall", "delta") for k in at], values, strict=False):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), of_name, strict=True))
+        shares = (high[-len(steps) :], low[-len(steps) :])
+        bounds = [steps[(share >= 0.5).argmax()] if np.isfinite(share).all() else np.nan for share in shares]
         rows.append({**row, "median_rank": np.median(rank), "median_low": bounds[0], "median_high": bounds[1]})
     return pd.DataFrame(rows)

@@ -80,7 +80,7 @@ class BalancedIndex:
         random sample (seed 0).
 
         BSAP-H is no number of an image: its softmax is over the images that are asked. For it, the index is BSAP's, whose
-        best 10·k (at least 100) are joined with CLIP's, from the same index, and re-ranked; the softmax is over these.
+        best 10·k (at least 1,000) are joined with CLIP's, from the same index, and re-ranked; the softmax is over these.
 
         Raises ValueError on what does not fit and on features that are NaN or infinite.
         """
@@ -172,7 +172,7 @@ class BalancedIndex:
 
     def _hybrid(self, queries: np.ndarray, k: int, probability: bool) -> tuple[Tensor, Tensor]:
         """Re-rank the best of BSAP and of CLIP by BSAP-H: [T, k] and [T, k]."""
-        depth, dimension = min(max(10 * k, 100), len(self)), self.aux_features.shape[1]
+        depth, dimension = min(max(10 * k, 1000), len(self)), self.aux_features.shape[1]
         plain = queries * (np.arange(self.index.d) != dimension)  # without the bias it is CLIP
         found = np.concatenate([self._nearest(asked, depth)[1] for asked in (queries, plain)], 1)
         text = np.broadcast_to(np.arange(len(found))[:, None], found.shape)
