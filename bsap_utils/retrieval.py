@@ -152,7 +152,7 @@ class BalancedIndex:
             order = np.lexsort((ids, -scores))
             return tuple(np.take_along_axis(part, order, 1) for part in (scores - np.float32(self.offset), ids))  # type: ignore[return-value]
         scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        length = np.linalg.norm(queries[:, :-1], axis=1) * self.largest[0] + self.largest[1]
+        length = np.linalg.norm(queries[:, : self.aux_features.shape[1]], axis=1) * self.largest[0] + self.largest[1]
         slack = (self.index.d + 4) * 2.0**-24 * length  # of a float32 sum of products in any order (Higham 2002, §3.1)
         waiting, more = np.arange(len(queries)), 2 * k + 16
         while len(waiting):
@@ -308,7 +308,8 @@ def _with_bias(factory: str, dimension: int) -> tuple[str, int]:
     """
     quantizer = re.search(r"PQ(\d+)", factory)
     if not quantizer or re.search(r"OPQ\d+_|PCA", factory):  # a linear map brings it to a width of its own
-        return factory, dimension + 1
+        # a matrix product one wider than 512 takes a quarter longer, four wider no longer; 65 is quicker than 68
+        return factory, dimension + 1 if dimension < 128 else 4 * (dimension // 4 + 1)
     parts = int(quantizer[1])
     if dimension % parts:
         raise ValueError(f"{factory}: {dimension} dimensions cannot be cut into {parts} equal parts.")

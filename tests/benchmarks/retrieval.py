@@ -6,7 +6,8 @@ cos − weight · mean of the k nearest cosines, ours the same times the logit s
 FAISS's plain flat index: what do search and memory cost? (3) How much of a flat ranking do compressed indexes keep, with the
 extra coordinate and without: what does its place and its size matter?
 
-All that is compared runs in turn in each round, and ratios are medians of the rounds' ratios: a busy moment hits all alike.
+All that is compared runs in turn in each round; times are those of the CPU, and ratios the medians of the rounds' ratios, so that
+a busy machine says the same as an idle one.
 """
 
 from __future__ import annotations
@@ -44,20 +45,20 @@ PROBES, BEAM = 16, 128
 
 
 def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each call in each of `rounds` rounds, after one round that does not count."""
+    """Return the CPU seconds (of all threads) of each call in each of `rounds` rounds, after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for counts in [False] + [True] * rounds:
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
             if counts:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return times
 
 
 def compared(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Return milliseconds (median) and the median ratio to `baseline` in the same round."""
-    return {name: {"ms": round(1000 * statistics.median(values), 3),
+    """Return CPU milliseconds (median) and the median ratio to `baseline` in the same round."""
+    return {name: {"cpu_ms": round(1000 * statistics.median(values), 3),
                    "ratio": round(statistics.median(a / b for a, b in zip(values, times[baseline], strict=True)), 3)}
             for name, values in times.items()}  # fmt: skip
 
