@@ -485,3 +485,51 @@ def example_scenes(
         boxes = predictions[predictions["method"] == name].set_index("sent_id")
         scenes[name] = list(map(tuple, boxes.loc[scenes.index, XYWH].to_numpy()))
     return scenes.reset_index(drop=True)
+
+
+def retrieval_ranks(scores: Tensor, relevant: Tensor) -> np.ndarray:
+    """Return the rank of the first relevant image for each text, from 1: [N, T] and [N, T] bool -> [T].
+
+    Of equal scores the lower row ranks first, as in `BalancedIndex`. Raises ValueError where a text has no relevant image.
+
+    >>> retrieval_ranks(torch.tensor([[3.0], [2.0], [2.0]]), torch.tensor([[False], [False], [True]]))
+    array([3])
+    """
+    without = int((~relevant.any(0)).sum())
+    if without:
+        raise ValueError(f"{without} of {relevant.shape[1]} texts have no relevant image.")
+    best = scores.masked_fill(~relevant, -torch.inf).amax(0)
+    equal = scores == best
+    row = (equal & relevant).int().argmax(0)  # the first: argmax takes the lowest of equals only if they are counted
+    before = torch.arange(len(scores), device=scores.device)[:, None] < row
+    return (1 + (scores > best).sum(0) + (equal & before).sum(0)).cpu().numpy()
+
+
+def retrieval_table(
+    ranks: Mapping[str, np.ndarray], images: np.ndarray, at: Sequence[int] = (1, 5, 10), seed: int = 0
+) -> pd.DataFrame:
+    """Return recall@k (percent) and median rank of each method, one row each, from the ranks [E] of `retrieval_ranks`.
+
+    Columns method, n; for each k of `at` recall_k with recall_k_low and recall_k_high, and delta_k, delta_k_low, delta_k_high
+    against "clip" in percentage points; median_rank, median_low, median_high. Intervals (95 %) resample `images` [E]. That of
+    the median comes from those of the share of ranks up to m: it holds the m whose intervals have 50 % in them.
+
+    >>> table = retrieval_table({"clip": np.array([1, 4, 30])}, np.array([1, 2, 3]))
+    >>> table[["recall_1", "recall_5", "median_rank"]].round(1)
+       recall_1  recall_5  median_rank
+    0      33.3      66.7          4.0
+    """
+    rows = []
+    for method, rank in ranks.items():
+        steps = np.unique(np.quantile(rank, np.linspace(0, 1, 201), method="lower"))
+        hit, clip = (of[:, None] <= np.array(at) for of in (rank, ranks["clip"]))
+        parts = np.concatenate([hit, hit * 1.0 - clip, rank[:, None] <= steps], 1)
+        low, high = cluster_bootstrap(parts, images, seed=seed)
+        values = percent(np.stack([parts.mean(0), low, high], 1))
+        row: dict[str, Any] = {"method": method, "n": len(rank)}
+        for name, of_name in zip([f"{kind}_{k}" for kind in ("recall", "delta") for k in at], values, strict=False):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), of_name, strict=True))
+        shares = (high[-len(steps) :], low[-len(steps) :])
+        bounds = [steps[(share >= 0.5).argmax()] if np.isfinite(share).all() else np.nan for share in shares]
+        rows.append({**row, "median_rank": np.median(rank), "median_low": bounds[0], "median_high": bounds[1]})
+    return pd.DataFrame(rows)

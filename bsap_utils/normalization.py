@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -56,6 +58,15 @@ def region_bias_from_features(
     >>> region_bias_from_features(torch.eye(2), torch.eye(2), logit_scale=3.0)
     tensor([3.0486, 3.0486])
     """
+    scale = logit_scale / _checked_temperature(temperature)
+    pool = partial(torch.logsumexp, dim=1, keepdim=True)
+    return temperature * _by_block(pool, features, aux_features, scale, block)[:, 0]
+
+
+def _by_block(
+    function: Callable[[Tensor], Tensor], features: Tensor, aux_features: Tensor, logit_scale: float, block: int
+) -> Tensor:
+    """Return function(logits) of unit features, [R, D] and [M, D] -> [R, K], at most `block` logits (or one row's) at a time."""
     if features.ndim != 2 or aux_features.ndim != 2 or features.shape[1] != aux_features.shape[1]:
         shapes = f"features {list(features.shape)} and aux_features {list(aux_features.shape)}"
         raise ValueError(f"{shapes} do not fit: [R, D] and [M, D] are needed.")
@@ -63,14 +74,15 @@ def region_bias_from_features(
         raise ValueError("aux_features has no auxiliary prompt: at least one is needed.")
     _refuse("aux_features", aux_features, ~aux_features.isfinite())
     dtype = torch.promote_types(torch.promote_types(features.dtype, aux_features.dtype), torch.float32)
-    scaled = (aux_features.to(dtype) * (logit_scale / _checked_temperature(temperature))).T
-    bias = torch.empty(len(features), dtype=dtype, device=features.device)
+    scaled = (aux_features.to(dtype) * logit_scale).T
+    width = function(scaled[:1]).shape[1]
+    values = torch.empty(len(features), width, dtype=dtype, device=features.device)  # in place: pieces would fragment
     rows = max(block // len(aux_features), 1)
-    for part, out in zip(features.split(rows), bias.split(rows), strict=True):
-        torch.logsumexp(part.to(dtype) @ scaled, 1, out=out)
-    if not bias.isfinite().all():
+    for part, of_part in zip(features.split(rows), values.split(rows), strict=True):
+        of_part.copy_(function(part.to(dtype) @ scaled))
+    if not values.isfinite().all():
         _refuse("features", features, ~features.isfinite())
-    return bias * temperature
+    return values
 
 
 def family(
@@ -91,13 +103,7 @@ def family(
             [0.5000]])
     """
     query_logits, aux_logits = _checked(query_logits, aux_logits)
-    if not math.isfinite(weight):
-        raise ValueError(f"weight is {weight}: it must be a finite number.")
-    if nearest is not None:
-        if nearest < 1:
-            raise ValueError(f"{nearest} nearest auxiliary prompts: at least one is needed.")
-        aux_logits = aux_logits.topk(min(nearest, aux_logits.shape[1]), 1).values
-    return query_logits - weight * _soft_maximum(aux_logits, temperature)[:, None]
+    return query_logits - _pooled(aux_logits, weight, temperature, nearest)[0]
 
 
 def bsap(query_logits: Tensor, aux_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -148,14 +154,138 @@ def group_log_softmax(logits: Tensor, group: Tensor) -> Tensor:
     return shifted - total.gather(0, index).log()
 
 
-def _clip(query: Tensor, aux: Tensor, group: Tensor) -> Tensor:
+def shift_and_scale(aux_logits: Tensor, method: str = "bsap", **options: float) -> tuple[Tensor, Tensor]:
+    """Return the shift and the scale of each region, [R, M] -> [R] and [R]: METHODS gives (query − shift) / scale.
+
+    So a method is two numbers a region, whatever is asked, and fits into an index of vectors (`retrieval`). `options` are
+    those of METHODS[`method`]. Raises ValueError for a method that is not of this form: "bsap_h" also needs the query.
+
+    >>> shift_and_scale(torch.tensor([[1.0, 3.0]]), "bsap_zscore")
+    (tensor([2.]), tensor([1.]))
+    """
+    shift, scale = _correction(method)(_checked_aux(aux_logits), **options)
+    return shift[:, 0], scale[:, 0]
+
+
+@torch.no_grad()
+def shift_and_scale_from_features(
+    features: Tensor,
+    aux_features: Tensor,
+    logit_scale: float,
+    method: str = "bsap",
+    block: int = 2**18,
+    **options: float,
+) -> tuple[Tensor, Tensor]:
+    """Return `shift_and_scale` of unit features, [R, D] and [M, D] -> [R] and [R], in `region_bias_from_features`'s memory.
+
+    >>> shift_and_scale_from_features(torch.eye(2), torch.eye(2), logit_scale=3.0, method="subtraction")
+    (tensor([1.5000, 1.5000]), tensor([1., 1.]))
+    """
+    correct = _correction(method)
+    values = _by_block(lambda aux: torch.cat(correct(aux, **options), 1), features, aux_features, logit_scale, block)
+    return values[:, 0], values[:, 1]
+
+
+def default_options(method: str) -> dict[str, float]:
+    """Return the options of METHODS[`method`] with their defaults. Raises ValueError for a method that there is not.
+
+    >>> default_options("nnn"), default_options("bsap_h")
+    ({'k': 16, 'weight': 0.75}, {'weight': 0.5, 'temperature': 1.0})
+    """
+    function = _bsap_h if method == "bsap_h" else _correction(method)
+    return {p.name: p.default for p in signature(function).parameters.values() if p.default is not p.empty}
+
+
+# A correction takes auxiliary logits [R, M] in floats and returns a shift and a scale, [R, 1] each; all but BSAP-H are one.
+
+
+def _clip(aux: Tensor) -> tuple[Tensor, Tensor]:
     """CLIP as it is: the query logits."""
-    return _member(query, aux, group, weight=0.0)
+    return torch.zeros_like(aux[:, :1]), torch.ones_like(aux[:, :1])
 
 
-def _bsap(query: Tensor, aux: Tensor, group: Tensor, temperature: float = 1.0) -> Tensor:
+def _bsap(aux: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Query − region bias, but for a constant: T times the log-odds of BSAP, hence its ranking, unsaturated."""
-    return _member(query, aux, group, temperature=temperature)
+    return _pooled(aux, temperature=temperature)
+
+
+def _bsap_minmax(aux: Tensor) -> tuple[Tensor, Tensor]:
+    """(query − smallest auxiliary logit) / their range; a region whose range is 0 is only shifted."""
+    low, high = aux.aminmax(dim=1, keepdim=True)
+    return low, torch.where(high - low > _rounding(aux), high - low, 1.0)
+
+
+def _bsap_zscore(aux: Tensor) -> tuple[Tensor, Tensor]:
+    """(query − mean) / standard deviation of the M auxiliary logits; a region without any spread is only shifted."""
+    mean = aux.mean(1, keepdim=True)
+    variance = (aux - mean).square().mean(1, keepdim=True)
+    # replaced before the root, which has no gradient at 0
+    return mean, torch.where(variance > _rounding(aux) ** 2, variance, 1.0).sqrt()
+
+
+def _subtraction(aux: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Query − mean auxiliary logit."""
+    return _pooled(aux, weight, math.inf)
+
+
+def _dn(aux: Tensor, weight: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Query − half the mean auxiliary logit (the source's mean over images is one number a column: no matter here)."""
+    return _pooled(aux, weight, math.inf)
+
+
+def _nnn(aux: Tensor, k: int = 16, weight: float = 0.75) -> tuple[Tensor, Tensor]:
+    """Query − 0.75 · mean of the k largest auxiliary logits, or of all M where M < k."""
+    return _pooled(aux, weight, math.inf, k)
+
+
+def _qb_norm(aux: Tensor, temperature: float = 5.0) -> tuple[Tensor, Tensor]:
+    """Inverted softmax. The source has β = 20 on cosines: on logits T = logit scale / β, 5 at CLIP's scale of 100.
+
+    This is the static form. The dynamic one corrects a query only if its best region is also an auxiliary prompt's
+    best of the whole gallery, which has no counterpart among the few regions of one image.
+    """
+    return _pooled(aux, temperature=temperature)
+
+
+def _pooled(
+    aux: Tensor, weight: float = 1.0, temperature: float = 1.0, nearest: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The shift of `family`: weight · T · log(mean(exp(aux / T))), over the `nearest` largest auxiliary logits only."""
+    if not math.isfinite(weight):
+        raise ValueError(f"weight is {weight}: it must be a finite number.")
+    if nearest is not None:
+        if nearest < 1:
+            raise ValueError(f"{nearest} nearest auxiliary prompts: at least one is needed.")
+        aux = aux.topk(min(nearest, aux.shape[1]), 1).values
+    return weight * _soft_maximum(aux, temperature)[:, None], torch.ones_like(aux[:, :1])
+
+
+_CORRECTIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "clip": _clip,
+    "bsap": _bsap,
+    "bsap_minmax": _bsap_minmax,
+    "bsap_zscore": _bsap_zscore,
+    "subtraction": _subtraction,
+    "dn": _dn,
+    "nnn": _nnn,
+    "qb_norm": _qb_norm,
+}
+
+
+def _correction(method: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if method not in _CORRECTIONS:
+        known = ", ".join(_CORRECTIONS)
+        raise ValueError(f"{method!r} is no method of one shift and scale a region; these are: {known}.")
+    return _CORRECTIONS[method]
+
+
+def _corrected(
+    correct: Callable[..., tuple[Tensor, Tensor]], query: Tensor, aux: Tensor, group: Tensor, **options: float
+) -> Tensor:
+    """(query − shift) / scale; `group`, which it has no use for, is checked: a wrong one would go unnoticed until the ranking."""
+    query, aux = _checked(query, aux, group)
+    shift, scale = correct(aux, **options)
+    return (query - shift) / scale
 
 
 def _bsap_h(query: Tensor, aux: Tensor, group: Tensor, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -169,72 +299,12 @@ def _bsap_h(query: Tensor, aux: Tensor, group: Tensor, weight: float = 0.5, temp
     return log_h - torch.logaddexp(log_weight + log_others, log_rest + logsigmoid(-log_odds))
 
 
-def _bsap_minmax(query: Tensor, aux: Tensor, group: Tensor) -> Tensor:
-    """(query − smallest auxiliary logit) / their range; a region whose range is 0 is only shifted."""
-    query, aux = _checked(query, aux, group)
-    low, high = aux.aminmax(dim=1, keepdim=True)
-    return (query - low) / torch.where(high - low > _rounding(aux), high - low, 1.0)
-
-
-def _bsap_zscore(query: Tensor, aux: Tensor, group: Tensor) -> Tensor:
-    """(query − mean) / standard deviation of the M auxiliary logits; a region without any spread is only shifted."""
-    query, aux = _checked(query, aux, group)
-    mean = aux.mean(1, keepdim=True)
-    variance = (aux - mean).square().mean(1, keepdim=True)
-    # replaced before the root, which has no gradient at 0
-    return (query - mean) / torch.where(variance > _rounding(aux) ** 2, variance, 1.0).sqrt()
-
-
-def _subtraction(query: Tensor, aux: Tensor, group: Tensor, weight: float = 1.0) -> Tensor:
-    """Query − mean auxiliary logit."""
-    return _member(query, aux, group, weight, math.inf)
-
-
-def _dn(query: Tensor, aux: Tensor, group: Tensor, weight: float = 0.5) -> Tensor:
-    """Query − half the mean auxiliary logit (the source's mean over images is one number a column: no matter here)."""
-    return _member(query, aux, group, weight, math.inf)
-
-
-def _nnn(query: Tensor, aux: Tensor, group: Tensor, k: int = 16, weight: float = 0.75) -> Tensor:
-    """Query − 0.75 · mean of the k largest auxiliary logits, or of all M where M < k."""
-    return _member(query, aux, group, weight, math.inf, k)
-
-
-def _qb_norm(query: Tensor, aux: Tensor, group: Tensor, temperature: float = 5.0) -> Tensor:
-    """Inverted softmax. The source has β = 20 on cosines: on logits T = logit scale / β, 5 at CLIP's scale of 100.
-
-    This is the static form. The dynamic one corrects a query only if its best region is also an auxiliary prompt's
-    best of the whole gallery, which has no counterpart among the few regions of one image.
-    """
-    return _member(query, aux, group, temperature=temperature)
-
-
 # METHODS[name](query_logits, aux_logits, group, **options) -> scores [R, Q], higher is better. They are made to rank
 # the regions of one column; on which scale differs from method to method.
 METHODS: dict[str, Callable[..., Tensor]] = {
-    "clip": _clip,
-    "bsap": _bsap,
-    "bsap_h": _bsap_h,
-    "bsap_minmax": _bsap_minmax,
-    "bsap_zscore": _bsap_zscore,
-    "subtraction": _subtraction,
-    "dn": _dn,
-    "nnn": _nnn,
-    "qb_norm": _qb_norm,
+    name: _bsap_h if name == "bsap_h" else partial(_corrected, _correction(name))
+    for name in ("clip", "bsap", "bsap_h", "bsap_minmax", "bsap_zscore", "subtraction", "dn", "nnn", "qb_norm")
 }
-
-
-def _member(
-    query: Tensor,
-    aux: Tensor,
-    group: Tensor,
-    weight: float = 1.0,
-    temperature: float = 1.0,
-    nearest: int | None = None,
-) -> Tensor:
-    """`family`, with the group that it has no use for checked too: a wrong one would go unnoticed until the ranking."""
-    query, aux = _checked(query, aux, group)
-    return family(query, aux, weight, temperature, nearest)
 
 
 def _log_odds(query: Tensor, aux: Tensor, temperature: float) -> Tensor:
@@ -249,9 +319,11 @@ def _soft_maximum(aux: Tensor, temperature: float) -> Tensor:
         return aux.mean(1)
     top = aux.detach().amax(1, keepdim=True)  # cancels out, so it needs no gradient
     exponent = (aux - top) / _checked_temperature(temperature)
-    excess = exponent.expm1().mean(1)
-    # at large T log1p keeps what log M would swallow; at small T excess is near −1, where log1p loses digits
-    log_mean = torch.where(excess > -0.5, excess.log1p(), exponent.logsumexp(1) - math.log(aux.shape[1]))
+    total = exponent.exp().sum(1)
+    log_mean = total.log() - math.log(aux.shape[1])
+    near = total > aux.shape[1] / 2
+    if near.any():  # at large T log1p keeps what log M would swallow; elsewhere the sum is far from it, and costs half
+        log_mean = torch.where(near, exponent.expm1().mean(1).log1p(), log_mean)
     return top[:, 0] + temperature * log_mean
 
 

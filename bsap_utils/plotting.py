@@ -853,3 +853,48 @@ def sees_and_gains(table: pd.DataFrame, without_mean: float) -> Figure:
     axis.set(xlabel="how well it sees a region's mean logit (Spearman within images)", ylabel="points gained over CLIP")
     figure.legend(loc="outside right upper")
     return figure
+
+
+def recall_dots(table: pd.DataFrame, title: str) -> Figure:
+    """Show recall@1, 5 and 10 and the median rank of each method with intervals: `evaluation.retrieval_table`, a panel each."""
+    panels = {
+        "recall_1": "recall@1, %",
+        "recall_5": "recall@5, %",
+        "recall_10": "recall@10, %",
+        "median_rank": "median rank",
+    }
+    place = np.arange(len(table))[::-1]
+    figure, axes = plt.subplots(1, len(panels), figsize=(DOUBLE_COLUMN, 0.24 * len(table) + 1.05), sharey=True)
+    for axis, (name, label) in zip(axes, panels.items(), strict=True):
+        low, high = (table[f"{name.replace('median_rank', 'median')}_{side}"] for side in ("low", "high"))
+        clip = table.loc[table["method"] == "clip", name].iloc[0]
+        axis.axvline(clip, color=METHOD_COLOURS["clip"], linestyle=":", linewidth=1)
+        for y, method, value, left, right in zip(place, table["method"], table[name], low, high, strict=True):
+            colour = METHOD_COLOURS[method]
+            axis.plot([left, right], [y, y], color=colour, linewidth=1.2)
+            axis.plot(value, y, "o", color=colour, markersize=4.5)
+        axis.set(xlabel=label, ylim=(-0.6, len(table) - 0.4))
+        axis.grid(axis="x", color="0.92")
+    axes[-1].set_xlim(0, 1.12 * table["median_high"].fillna(table["median_rank"]).max())
+    axes[0].set_yticks(place, [METHOD_LABELS[method] for method in table["method"]])
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    return figure
+
+
+def search_costs(costs: pd.DataFrame) -> Figure:
+    """Show time and memory of a plain and a balanced index over their size.
+
+    `costs` has the columns vectors, and for plain and balanced: *_ms (a query, median), *_mib; it was measured on one machine.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(DOUBLE_COLUMN, 2.4))
+    for axis, unit, label in zip(axes, ("ms", "mib"), ("ms a query", "MiB"), strict=True):
+        for name, method, style in (("plain", "clip", "o-"), ("balanced", "bsap", "s--")):
+            text = f"{name} ({METHOD_LABELS[method]})"
+            values = costs[f"{name}_{unit}"]
+            axis.plot(costs["vectors"], values, style, color=METHOD_COLOURS[method], markersize=4, label=text)
+        axis.set(xscale="log", yscale="log", xlabel="vectors in the index", ylabel=label)
+        axis.grid(color="0.92")
+    axes[0].set_title("Search")
+    axes[1].set_title("Memory")
+    axes[0].legend(loc="upper left")
+    return figure

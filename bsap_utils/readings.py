@@ -286,3 +286,23 @@ def choice_answer(table: pd.DataFrame, dataset: str, chosen_on: str, reported_on
         f"{text}The setting that was best on {chosen_on}, *{headline.level}*, is {_verdict(headline)}: {headline.accuracy:.1f} % "
         f"against {headline.clip_accuracy:.1f} % ({_gap(headline)})."
     )
+
+
+def retrieval_reading(table: pd.DataFrame, where: str, gallery: int) -> str:
+    """Return what `evaluation.retrieval_table` of one split shows; signs and words follow the numbers."""
+    row = table.set_index("method")
+    clip, bsap = row.loc["clip"], row.loc["bsap"]
+    told: dict[str, list[str]] = {"more": [], "less": []}
+    for k in (1, 5, 10):
+        for method, one in row.drop("clip").iterrows():
+            low, high = one[f"delta_{k}_low"], one[f"delta_{k}_high"]
+            if low > 0 or high < 0:
+                told["more" if low > 0 else "less"].append(
+                    f"{_SAID.get(str(method), method)} @{k} {one[f'delta_{k}']:+.1f}"
+                )
+    changes = [f"{bsap[f'delta_{k}']:+.1f} at {k} ({bsap[f'delta_{k}_low']:+.1f} to {bsap[f'delta_{k}_high']:+.1f})"
+               for k in (1, 5, 10)]  # fmt: skip
+    return (f"Of {clip.n:,.0f} descriptions of {where}, asked of {gallery:,} regions, CLIP has one that they describe at the top "
+            f"for {clip.recall_1:.1f} %, among ten for {clip.recall_10:.1f} %; median rank {clip.median_rank:g}, BSAP's "
+            f"{bsap.median_rank:g}. BSAP's recall less CLIP's, in points: {', '.join(changes)}. Clearly above CLIP (interval "
+            f"without 0): {', '.join(told['more']) or 'none'}. Clearly below: {', '.join(told['less']) or 'none'}.")  # fmt: skip

@@ -52,9 +52,14 @@ CAPTIONS = {
     "fig_ablation_choice": "What was chosen on val, reported on test.",
     "fig_ablation_size": "Accuracy over the number of auxiliary prompts; the band is the spread of 20 draws.",
     "fig_ablation_bank_temperature": "Accuracy over bank and temperature.",
+    "fig_retrieval": "Retrieval: recall@1, 5, 10 and median rank of each method with 95 % intervals.",
+    "fig_retrieval_top": "One description: the top five of the gallery under CLIP and under BSAP.",
+    "fig_retrieval_hubness": "How unequally the gallery is retrieved, before and after (Lorenz curves).",
+    "fig_retrieval_costs": "Time and memory of a plain and a balanced flat index (measured on the machine of the run).",
 }
 COLUMNS = {
     "table_rec.csv": ["split", "method", "n", "accuracy", "ci_low", "ci_high", "delta_vs_clip", "p_value"],
+    "table_retrieval.csv": ["split", "kind", "method", "n", "recall_1", "recall_5", "recall_10", "median_rank"],
     "table_ris.csv": ["split", "method", "n", "oiou", "miou", "p50", "p70", "p90"],
 }
 THUMBNAILS = {  # the figure that stands for a notebook; of one that is not named here, its first

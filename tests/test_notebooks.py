@@ -72,18 +72,44 @@ def test_each_params_file_fits_its_notebooks(params):
     assert yaml.safe_load(params.read_text())["run_name"]
 
 
-def test_the_same_parameters_give_the_same_bytes(tmp_path):
-    """Tables and predictions of two runs of a whole notebook, each in a kernel of its own."""
-    given = ["-p", "LIMIT", "3", "-p", "METHODS", "clip,bsap"]
-    command = [sys.executable, "-m", "bsap_utils.cli", "run", "03_rec", *given, "-p", "OUT_DIR"]
+SMALL = {
+    "03_rec": (["-p", "LIMIT", "3"], {"table_rec.csv", "table_rec_slices.csv"}),
+    "06_retrieval": (
+        ["-p", "LIMIT", "5", "-p", "SIZES", "500,2000"],
+        {f"table_retrieval{name}.csv" for name in ("", "_kinds", "_hubness", "_paper")},
+    ),
+}
+
+
+@pytest.mark.parametrize("stem", SMALL)
+def test_the_same_parameters_give_the_same_bytes(tmp_path, stem):
+    """Tables and predictions of two runs of a whole notebook, each in a kernel of its own; but for what was timed."""
+    given, expected = SMALL[stem]
+    command = [
+        sys.executable,
+        "-m",
+        "bsap_utils.cli",
+        "run",
+        stem,
+        *given,
+        "-p",
+        "METHODS",
+        "clip,bsap",
+        "-p",
+        "OUT_DIR",
+    ]
     folders = [tmp_path / "a", tmp_path / "b"]
     runs = [subprocess.Popen([*command, str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for out in folders]
     for run in runs:
         errors = run.communicate()[1]
         assert run.returncode == 0, errors
     tables = [{file.name: file.read_bytes() for file in out.glob("*.csv")} for out in folders]
+    timed = [of_run.pop("table_retrieval_costs.csv", None) for of_run in tables]
     assert tables[0] == tables[1]
-    assert set(tables[0]) == {"table_rec.csv", "table_rec_slices.csv"}
+    assert set(tables[0]) == expected
+    if stem == "06_retrieval":
+        assert all(timed), "what searching costs is a table of its own"
+        assert b"clip" in tables[0]["table_retrieval.csv"] and len(list(folders[0].glob("fig_retrieval*.png"))) == 4
 
 
 def test_a_model_without_weights_stops_the_notebook_kindly(tmp_path):
