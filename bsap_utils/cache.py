@@ -61,7 +61,7 @@ def clear() -> tuple[int, int]:
 
 
 class Space:
-    """The features that one model gives under one set of conditions, `about`, found by key.
+    """The features that one model gives under one set of conditions, `about`, found by key, in a folder of `cache`.
 
     >>> import tempfile
     >>> space = Space(Path(tempfile.mkdtemp()), {"model": "ViT-B-32"})

@@ -74,7 +74,7 @@ class Start(NamedTuple):
 def options_of(method: str, logit_scale: float = 100.0, start: Start | None = None) -> dict[str, Any]:
     """Return the options of a method, or of "family", with their defaults, or with those of `start` where it has them.
 
-    QB-Norm's β = 20 is on cosines, so its temperature depends on the scale of the logits.
+    QB-Norm's β = 20 is on cosines, so its temperature depends on the scale of the logits. Raises ValueError for an unknown method.
 
     >>> options_of("bsap_h"), options_of("qb_norm", logit_scale=20)
     ({'weight': 0.5, 'temperature': 1.0}, {'temperature': 1.0})
@@ -129,14 +129,20 @@ def read_boxes(text: str, size: tuple[int, int]) -> pd.DataFrame:
 
 
 def propose(image: Image.Image) -> pd.DataFrame:
-    """Return regions of a picture that came without boxes: the best segments by colour or, without any, the whole picture."""
+    """Return regions of a picture that came without boxes: the best segments by colour or, without any, the whole picture.
+
+    One row a region: x, y, w, h in pixels and the segmentation.
+    """
     masks, _ = segmenters.felzenszwalb(image, top_k=PROPOSED)
     boxes = coco.toBbox(masks) if masks else np.array([[0.0, 0, *image.size]])
     return pd.DataFrame(boxes, columns=XYWH).assign(segmentation=masks or None)
 
 
 class Explorer:
-    """The scenes of `ds` with their candidates `regions`, pictures of one's own, and their scores: each encoded once."""
+    """The scenes of `ds` with their candidates `regions`, pictures of one's own, and their scores: each encoded once.
+
+    `scorers` (their logits are averaged) see the regions under `visual_prompts`.
+    """
 
     def __init__(
         self,
@@ -171,7 +177,7 @@ class Explorer:
         return self._scenes[number]
 
     def own_scene(self, content: bytes, boxes: str) -> Scene:
-        """Return the scene of a picture file's content and of boxes (`read_boxes`), proposed where the text has none."""
+        """Return the scene of a picture file's content and of boxes (`read_boxes`: pixels), proposed where the text has none."""
         if (content, boxes) not in self._scenes:
             image = read_picture(content)
             regions = read_boxes(boxes, image.size) if boxes.strip() else propose(image)
@@ -190,7 +196,7 @@ class Explorer:
         return Scene(one.load_image(one.images.index[0]), regions, features, truth)
 
     def table(self, scene: Scene, text: str, prompts: Sequence[str], method: str, **options: Any) -> pd.DataFrame:
-        """Return clip (the logit), bias and score (of `method`, with its `options`) of each region, named 1, 2, …
+        """Return one row a region, named 1, 2, …: clip (the logit), bias and score (of `method`, with its `options`).
 
         The bias is what the method's pool makes of a region's auxiliary logits (`normalization.family`), their mean
         where it has no temperature: what the methods of the family subtract, times their weight.

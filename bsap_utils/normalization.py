@@ -86,11 +86,7 @@ def _by_block(
 
 
 def family(
-    query_logits: Tensor,
-    aux_logits: Tensor,
-    weight: float = 1.0,
-    temperature: float = 1.0,
-    nearest: int | None = None,
+    query_logits: Tensor, aux_logits: Tensor, weight: float = 1.0, temperature: float = 1.0, nearest: int | None = None
 ) -> Tensor:
     """Return query − weight · T · log(mean(exp(aux / T))), [R, Q] and [R, M] -> [R, Q]: the module's table.
 

@@ -306,3 +306,20 @@ def retrieval_reading(table: pd.DataFrame, where: str, gallery: int) -> str:
             f"for {clip.recall_1:.1f} %, among ten for {clip.recall_10:.1f} %; median rank {clip.median_rank:g}, BSAP's "
             f"{bsap.median_rank:g}. BSAP's recall less CLIP's, in points: {', '.join(changes)}. Clearly above CLIP (interval "
             f"without 0): {', '.join(told['more']) or 'none'}. Clearly below: {', '.join(told['less']) or 'none'}.")  # fmt: skip
+
+
+def retrieval_answer(table: pd.DataFrame) -> str:
+    """Return notebook 06's answer, from the last split of its table retrieval."""
+    last = table[table["split"] == table["split"].iloc[-1]].set_index("method")
+    clip, bsap = last.loc["clip"], last.loc["bsap"]
+
+    def told(k: int) -> str:
+        columns = {f"delta_{k}": "delta_vs_clip", f"delta_{k}_low": "delta_ci_low", f"delta_{k}_high": "delta_ci_high"}
+        change = bsap.rename(columns)
+        return f"recall@{k} {_verdict(change)} ({bsap[f'recall_{k}']:.1f} % against {clip[f'recall_{k}']:.1f} %, {_gap(change)})"
+
+    return (
+        f"{_place(bsap.dataset, bsap.split)}, with {clip.n:,} descriptions asked of {bsap.gallery:,} regions and the bank "
+        f"“{bsap.aux_bank}”, BSAP has {told(1)} and {told(10)}. In a vector index it is one number an image, paid when "
+        "images are added and not when they are searched for."
+    )

@@ -108,6 +108,7 @@ def with_outputs(notebook: NotebookNode, executed: NotebookNode, parameters: dic
     """Return the notebook with the cleaned outputs of `executed`, which ran the same code with `parameters`.
 
     Its cells and their metadata stay as they are; the notebook's metadata keep the kernel and, in `bsap`, the fingerprint.
+    Raises ValueError, with the cell, for an output that may not be committed.
     """
     result, styles = nbformat.from_dict(json.loads(json.dumps(notebook))), dict[str, str]()
     made_with = {"made_with": fingerprint(notebook, parameters)}

@@ -68,6 +68,7 @@ THUMBNAILS = {  # the figure that stands for a notebook; of one that is not name
     "03_rec": "fig_rec",
     "04_ris": "fig_ris_scenes",
     "05_ablations": "fig_ablation_bank_temperature",
+    "06_retrieval": "fig_retrieval_top",
 }
 
 

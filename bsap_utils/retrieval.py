@@ -33,6 +33,9 @@ class IndexFileError(RuntimeError):
 class BalancedIndex:
     """A FAISS index that ranks images as a method of `normalization.METHODS` does. `index` is FAISS's own, e.g. to set nprobe.
 
+    `build` makes one from images, `load` from a file; both end here, with the bank's `aux_features` [M, D], FAISS's string
+    `factory` and the method's `options`.
+
     >>> images, prompts = torch.eye(3), torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.6, 0.8]])
     >>> balanced = BalancedIndex.build(images, prompts, logit_scale=10.0)
     >>> scores, ids = balanced.search(torch.tensor([[0.6, 0.8, 0.0]]), k=2)  # image 1 is near to every prompt
@@ -125,6 +128,7 @@ class BalancedIndex:
         are taken again in float64 and rounded to float32, and it is asked for yet more while its own error could hide an image
         of the best k. So the order is that of the vectors stored, float32 themselves: two images can change places with
         METHODS on float64 features only if their scores agree to about seven digits. Other factories may find fewer: id −1.
+        Raises ValueError for no image, k < 1, and probabilities of a method that has none.
         """
         texts = _floats(text_features, "text_features", self.aux_features.shape[1]).numpy()
         method = self.settings["method"]

@@ -47,14 +47,22 @@ class ModelError(RuntimeError):
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU."""
+    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
     if device != "auto":
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """Return open_clip's name of the precision: "auto" is bf16 on a GPU that has it, else fp32."""
+    """Return open_clip's name of the precision: "auto" is bf16 on a GPU that has it, else fp32.
+
+    >>> pick_precision("auto", torch.device("cpu"))
+    'fp32'
+    """
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -215,7 +223,8 @@ def encode_masked(visual: Any, pixels: torch.Tensor, keep: torch.Tensor, from_bl
     [N, patches] bool what `patch_masks` gives. From block `from_block` on (0 is the first) no token attends to a hidden
     patch, as if it had been dropped; the blocks before run once for all regions. The default is the last quarter of the
     blocks, as in Global-Local CLIP (Yu et al., CVPR 2023: from 9 of 12). Their code sets hidden tokens to zero before
-    each of these blocks, which leaves them a share of the attention. With every patch kept, it is the plain feature.
+    each of these blocks, which leaves them a share of the attention. With every patch kept, it is the plain feature. Raises
+    ValueError for a block that the tower does not have.
     """
     blocks = visual.transformer.resblocks
     from_block = len(blocks) * 3 // 4 if from_block is None else from_block
@@ -255,6 +264,10 @@ def noun_phrases(texts: Sequence[str]) -> tuple[list[str], str]:
     The rule is Global-Local CLIP's (Yu et al., CVPR 2023): the noun chunk of the sentence's root or, where that is in
     none, of the root's first child; else the whole expression. The parser is the best English model that spaCy has on
     this machine. Without spaCy or a model the expressions come back as they are, and the second value says so.
+
+    >>> phrases, parser = noun_phrases(["mug"])
+    >>> phrases
+    ['mug']
     """
     try:
         import spacy

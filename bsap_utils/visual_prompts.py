@@ -149,11 +149,7 @@ def circle(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
 
 def circle_gray(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
     """C3: show the whole image, grey outside the ellipse that touches the sides of the box; no line, as in FGVP."""
-    return torch.where(
-        ellipse_masks(boxes, image)[:, None],
-        image,
-        transforms.rgb_to_grayscale(image, 3),
-    )
+    return torch.where(ellipse_masks(boxes, image)[:, None], image, transforms.rgb_to_grayscale(image, 3))
 
 
 def circle_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
@@ -166,7 +162,8 @@ def mask_contour(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
                  colour: Sequence[int] = RED, thickness: float = LINE) -> Tensor:  # fmt: skip
     """D1: show the whole image with a red line along the mask's edge (FGVP).
 
-    `thickness` is as of `circle`, but in steps of two pixels: as much inside as outside.
+    `thickness` is as of `circle`, but in steps of two pixels: as much inside as outside. Raises ValueError where masks are
+    missing or do not fit.
     """
     inside = _needed(masks, image, "mask_contour").float()
     reach = max(1, round(thickness * min(image.shape[-2:]) / 2))
@@ -177,13 +174,16 @@ def mask_contour(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
 
 
 def mask_gray(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
-    """D3: show the whole image, grey outside the mask (FGVP)."""
+    """D3: show the whole image, grey outside the mask (FGVP). Raises ValueError where masks are missing or do not fit."""
     return torch.where(_needed(masks, image, "mask_gray")[:, None], image, transforms.rgb_to_grayscale(image, 3))
 
 
 def mask_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
               sigma: float = 100.0, exact: bool = False) -> Tensor:  # fmt: skip
-    """D4, "blur reverse mask": show the whole image, blurred with σ = 100 pixels outside the mask (FGVP)."""
+    """D4, "blur reverse mask": show the whole image, blurred with σ = 100 pixels outside the mask (FGVP).
+
+    Raises ValueError where masks are missing or do not fit.
+    """
     return torch.where(_needed(masks, image, "mask_blur")[:, None], image, gaussian_blur(image, sigma, exact))
 
 
@@ -191,7 +191,8 @@ def mask_crop(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
               fill: Sequence[int] = CLIP_MEAN) -> list[Tensor]:  # fmt: skip
     """Show the region alone: the box cut out, CLIP's mean pixel outside the mask (Global-Local CLIP, Yu et al. 2023).
 
-    Their code fills with ImageNet's mean, (124, 116, 104): one grey level from CLIP's.
+    Their code fills with ImageNet's mean, (124, 116, 104): one grey level from CLIP's. Raises ValueError where masks are missing
+    or do not fit.
     """
     masks = _needed(masks, image, "mask_crop")
     edges = pixel_edges(boxes, *image.shape[-2:]).tolist()
@@ -245,6 +246,9 @@ def squash(images: Tensor, size: int | tuple[int, int], exact: bool = False) -> 
     """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased bicubic, whatever the aspect ratio.
 
     `exact` takes PIL instead, for [3, H, W] on the CPU.
+
+    >>> squash(torch.zeros(3, 20, 40, dtype=torch.uint8), 8).shape
+    torch.Size([3, 8, 8])
     """
     shape = [size, size] if isinstance(size, int) else list(size)
     if exact:
@@ -277,6 +281,9 @@ def squash_together(views: Tensor | list[Tensor], size: int | tuple[int, int]) -
 
     A GPU would spend more time on starting a resize for each crop than on encoding it. A CPU has no such cost, and skips
     the zeros of these matrices: there `squash` is faster (a test holds the two to one grey level).
+
+    >>> squash_together([torch.zeros(3, 20, 40, dtype=torch.uint8), torch.zeros(3, 5, 5, dtype=torch.uint8)], 8).shape
+    torch.Size([2, 3, 8, 8])
     """
     shape = (size, size) if isinstance(size, int) else size
     if isinstance(views, Tensor):

@@ -117,11 +117,7 @@ def plain_reading(root):
             "category": names[ann["category_id"]],
             "x": left,
             "y": top,
-        } | {
-            "w": right - left,
-            "h": bottom - top,
-            **{key: ann[key] for key in ("area", "iscrowd", "segmentation")},
-        }
+        } | {"w": right - left, "h": bottom - top, **{key: ann[key] for key in ("area", "iscrowd", "segmentation")}}
     assert len({r["ref_id"] for r in refs}) == len(refs)
     for r in refs:
         assert regions[r["ann_id"]]["image_id"] == r["image_id"]

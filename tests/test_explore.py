@@ -134,8 +134,7 @@ def test_the_start_is_what_the_parameters_say(explorer, sample, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [("text", "  ", "Type an expression"), ("own", " , ,", "at least one auxiliary prompt")],
+    ("name", "value", "said"), [("text", "  ", "Type an expression"), ("own", " , ,", "at least one auxiliary prompt")]
 )
 def test_wrong_input_is_said_in_words_and_fades_the_picture(page, name, value, said):
     page.bank.value = explore.OWN_PROMPTS

@@ -343,6 +343,7 @@ def test_committed_answers_follow_from_the_committed_tables():
         "03_rec": readings.rec_answer(table["rec"]),
         "04_ris": readings.ris_answer(table["ris"]),
         "05_ablations": readings.choice_answer(table["ablation_choice"], "refshapes", "val", "test"),
+        "06_retrieval": readings.retrieval_answer(table["retrieval"]),
     }
     committed = {
         stem: (ROOT / f"figures/sample/answer_{stem}.md").read_text(encoding="utf-8").strip() for stem in built

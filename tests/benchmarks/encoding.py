@@ -32,6 +32,7 @@ import open_clip
 import pandas as pd
 import torch
 from normalization import processor
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import DataLoader
 
@@ -149,7 +150,7 @@ def measure(name: str, device: str, ds: ReferDataset, folder: Path, rounds: int,
     best = max(bare, key=lambda batch: statistics.median(bare[batch]))
 
     each, few = IMAGES // rounds, 1 if where.type == "cpu" else 20
-    preprocess = open_clip.image_transform_v2(open_clip.PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     spent: dict[str, list[float]] = {"bare encoder": [], "end to end": [], "naive": []}
     refer_logits([scorer], first_images(ds, 2), first_images(ds, 2).regions, ["star"], PROMPTS)  # warms up
     for number in range(rounds):
