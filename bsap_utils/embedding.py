@@ -211,7 +211,7 @@ def encode(scorer: ClipScorer, batch: Batch, aux_features: torch.Tensor, tempera
 
 
 class Encoder:
-    """`encode` as an actor of Ray, with a scorer of its own (`arguments`), which must have the weights that the job began with."""
+    """`encode` as an actor of Ray, with a scorer of its own (`arguments`) and the weights that the job began with."""
 
     def __init__(self, arguments: dict[str, Any], weights: str, *rest: Any) -> None:
         if arguments["device"] == "cpu":

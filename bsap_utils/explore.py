@@ -74,7 +74,8 @@ class Start(NamedTuple):
 def options_of(method: str, logit_scale: float = 100.0, start: Start | None = None) -> dict[str, Any]:
     """Return the options of a method, or of "family", with their defaults, or with those of `start` where it has them.
 
-    QB-Norm's β = 20 is on cosines, so its temperature depends on the scale of the logits. Raises ValueError for an unknown method.
+    QB-Norm's β = 20 is on cosines, so its temperature depends on the scale of the logits. Raises ValueError for an unknown
+    method.
 
     >>> options_of("bsap_h"), options_of("qb_norm", logit_scale=20)
     ({'weight': 0.5, 'temperature': 1.0}, {'temperature': 1.0})
