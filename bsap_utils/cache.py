@@ -85,7 +85,9 @@ class Space:
         for name in sorted(names - set(self._index)):
             try:
                 index = pd.read_parquet(self.path / f"{name}.parquet", page_checksum_verification=True)
-                self._index[name] = index[["key", "row", "digest"]]
+                self._index[name] = index[["key", "row", "digest"]].drop_duplicates(
+                    "key"
+                )  # a region may be there twice
             except Exception as error:  # pyarrow raises nearly anything on damaged bytes
                 self._remove(name, error)
         known = torch.zeros(len(keys), dtype=torch.bool)
@@ -127,7 +129,7 @@ class Space:
             warnings.warn(f"{self.path}: features could not be kept ({error}); the next run encodes them again. "
                           "Free some space, or set BSAP_CACHE to another folder.", stacklevel=2)  # fmt: skip
         else:
-            self._index[name] = index
+            self._index[name] = index.drop_duplicates("key")
 
     def _remove(self, name: str, error: Exception) -> None:
         lost = len(self._index.pop(name, ()))

@@ -59,6 +59,14 @@ def test_a_second_run_encodes_nothing_and_gives_the_same_bits(few, counted):
     assert torch.equal(logits[0].aux, logits[1].aux)
 
 
+def test_the_same_region_twice(few, counted):
+    regions = ground_truth(few)
+    regions = regions.loc[[*regions.index, *regions.index[:3]]].reset_index(drop=True)
+    expected = counted().encode_regions(few, regions, ["crop"])
+    for scorer in (counted(), counted()):
+        assert torch.equal(scorer.encode_regions(few, regions, ["crop"]), expected) and scorer.images == 0
+
+
 def test_only_what_is_new_is_encoded(few, counted):
     regions = ground_truth(few)
     shuffled = regions.sample(frac=1, random_state=0)
