@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import hashlib
 import html
-import inspect
 import io
 import math
 import re
@@ -37,7 +36,7 @@ from . import plotting, segmenters
 from .aux_prompts import BANKS, auxiliary_prompts
 from .datasets import XYWH, ReferDataset, clip_boxes
 from .evaluation import rec_correct
-from .normalization import METHODS, family
+from .normalization import METHODS, default_options, family
 from .scoring import TEMPLATE, ClipScorer
 
 FAMILY = "family"  # beside the names of METHODS: any pool with any weight
@@ -82,8 +81,8 @@ def options_of(method: str, logit_scale: float = 100.0, start: Start | None = No
     """
     if method not in (*METHODS, FAMILY):
         raise ValueError(f"Unknown method {method!r}; there are: {', '.join(METHODS)}, {FAMILY}.")
-    signature = inspect.signature(family if method == FAMILY else METHODS[method])
-    known = {name: p.default for name, p in signature.parameters.items() if p.default is not p.empty}
+    of_family = {"weight": 1.0, "temperature": 1.0, "nearest": None}
+    known: dict[str, Any] = of_family if method == FAMILY else dict(default_options(method))
     if method == "qb_norm":
         known["temperature"] = logit_scale / 20
     elif start and "temperature" in known:

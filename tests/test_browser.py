@@ -46,6 +46,9 @@ def copy_notebook(stem, folder, **parameters):
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     told = f"import sys\n_ = Path({str(done)!r}).write_text(sys.executable)"
     notebook.cells.append(nbformat.v4.new_code_cell(told))
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # as nobody has run it yet: what it shows is of this run
+            cell.outputs, cell.execution_count = [], None
     (folder / "notebooks").mkdir(exist_ok=True)
     nbformat.write(notebook, folder / f"notebooks/{stem}.ipynb")
     return done
@@ -195,11 +198,12 @@ def test_make_lab_opens_the_explorer(lab):
     assert f"{address}lab/tree/notebooks/00_explore.ipynb?token={token}" in page
 
 
-def test_rec_runs_and_shows_its_figures(run_all):
+def test_rec_runs_and_shows_its_figures(run_all, lab):
     page, outputs = run_all("03_rec")
     page.locator(".jp-RenderedImage img").nth(1).scroll_into_view_if_needed()
     page.screenshot(path=SHOTS / "03_rec_figures.png")
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    saved = {path.name for path in (lab[2] / "figures").glob("fig_*.png")} - {"fig_explore.png"}
+    assert "fig_rec.png" in saved and sum("image/png" in output.get("data", {}) for output in outputs) == len(saved)
 
 
 def test_the_explorer_answers_each_change_at_once(run_all, tmp_path):

@@ -17,7 +17,7 @@ from bsap_utils import explore
 from bsap_utils.aux_prompts import auxiliary_prompts
 from bsap_utils.datasets import XYWH
 from bsap_utils.evaluation import rec_predictions
-from bsap_utils.normalization import METHODS
+from bsap_utils.normalization import METHODS, family
 from bsap_utils.proposals import load_proposals
 from bsap_utils.scoring import refer_logits
 
@@ -120,7 +120,9 @@ def test_a_method_offers_its_own_options_with_their_defaults(page, explorer):
         assert bool({"k", "nearest"} & usable) == bool({"k", "nearest"} & set(options))
         for name, value in options.items():
             assert places[name].value == pytest.approx(places[name].max if value is None else value)
-    assert set(explore.options_of("nnn")) == set(list(inspect.signature(METHODS["nnn"]).parameters)[3:])
+    assert set(explore.options_of("nnn")) == {"k", "weight"}
+    defaults = {name: p.default for name, p in inspect.signature(family).parameters.items() if p.default is not p.empty}
+    assert explore.options_of(explore.FAMILY) == defaults
 
 
 def test_the_start_is_what_the_parameters_say(explorer, sample, tmp_path):

@@ -19,7 +19,8 @@ def folder(tmp_path):
     files = ["fig_rec.png", "fig_rec.svg", "fig_own_thing.png", "table_rec.csv"]
     (tmp_path / "manifest.json").write_text(json.dumps({name: entry for name in files}))
     table = {"split": ["val", "test"], "method": ["clip", "bsap"], "n": [9, 9], "accuracy": [50.25, 40.0]}
-    rest = {"ci_low": [1.0, 2.0], "ci_high": [3.0, 4.0], "delta_vs_clip": [0.0, -1.0], "p_value": [1.0, 0.5]}
+    rest = {"ci_low": [1.0, 2.0], "ci_high": [3.0, 4.0], "delta_vs_clip": [0.0, -1.0], "p_value": [1.0, 0.5],
+            "delta_ci_low": [0.0, -3.0], "delta_ci_high": [0.0, 2.0]}  # fmt: skip
     pd.DataFrame(table | rest).to_csv(tmp_path / "table_rec.csv", index=False)
     return tmp_path
 
@@ -44,10 +45,14 @@ def test_the_last_split_is_pasted_between_the_markers(folder):
     text = "before\n<!-- table_rec -->\nold\n<!-- /table_rec -->\nafter\n"
     for _ in range(2):  # pasting again changes nothing
         text = results.paste(text, "table_rec", results.rec_block(table))
-        assert text.startswith("before\n<!-- table_rec -->\n| split |") and text.endswith(
+        assert text.startswith("before\n<!-- table_rec -->\n| method | accuracy, % |") and text.endswith(
             "<!-- /table_rec -->\nafter\n"
         )
-        assert "| test | BSAP | 9 | 40.0 |" in text and "old" not in text and "| val |" not in text
+        assert (
+            "| BSAP | 40.0 | 2.0 to 4.0 | -1.0 | -3.0 to +2.0 | 0.5 |" in text
+            and "old" not in text
+            and "| CLIP |" not in text
+        )
     for damaged in ("no markers", "<!-- table_rec -->\nno end", "no start <!-- /table_rec -->"):
         with pytest.raises(ValueError, match="put them back"):
             results.paste(damaged, "table_rec", "new")
