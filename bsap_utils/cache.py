@@ -85,9 +85,7 @@ class Space:
         for name in sorted(names - set(self._index)):
             try:
                 index = pd.read_parquet(self.path / f"{name}.parquet", page_checksum_verification=True)
-                self._index[name] = index[["key", "row", "digest"]].drop_duplicates(
-                    "key"
-                )  # a region may be there twice
+                self._index[name] = index[["key", "row", "digest"]]
             except Exception as error:  # pyarrow raises nearly anything on damaged bytes
                 self._remove(name, error)
         known = torch.zeros(len(keys), dtype=torch.bool)
@@ -118,6 +116,7 @@ class Space:
         content = safetensors.torch.save({"features": features.contiguous()})
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         index = pd.DataFrame({"key": list(keys), "row": np.arange(len(keys)), "digest": digest})
+        index = index.drop_duplicates("key")  # candidates may hold the same region twice
         about, shard, table = (self.path / end for end in ("about.json", f"{name}.safetensors", f"{name}.parquet"))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -129,7 +128,7 @@ class Space:
             warnings.warn(f"{self.path}: features could not be kept ({error}); the next run encodes them again. "
                           "Free some space, or set BSAP_CACHE to another folder.", stacklevel=2)  # fmt: skip
         else:
-            self._index[name] = index.drop_duplicates("key")
+            self._index[name] = index
 
     def _remove(self, name: str, error: Exception) -> None:
         lost = len(self._index.pop(name, ()))
