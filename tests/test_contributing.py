@@ -11,7 +11,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bsap_utils import ROOT, aux_prompts, cli, evaluation, normalization, plotting, proposals, results, scoring
+from bsap_utils import (
+    ROOT,
+    aux_prompts,
+    cli,
+    evaluation,
+    normalization,
+    plotting,
+    proposals,
+    results,
+    retrieval,
+    scoring,
+)
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n# bsap_utils/(\w+)\.py\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
@@ -21,7 +32,13 @@ BLOCKS = re.findall(r"^```python\n# bsap_utils/(\w+)\.py\n(.*?)^```$", TEXT, re.
 def followed():
     """The package with every block executed in the module that it names, and put back afterwards."""
     assert [name for name, _ in BLOCKS] == ["normalization", "plotting", "aux_prompts"] and TEXT.count("```python") == 3
-    registries = (normalization.METHODS, plotting.METHOD_LABELS, plotting.METHOD_COLOURS, aux_prompts.BANKS)
+    registries = (
+        normalization.METHODS,
+        normalization._CORRECTIONS,
+        plotting.METHOD_LABELS,
+        plotting.METHOD_COLOURS,
+        aux_prompts.BANKS,
+    )
     patches = [patch.dict(registry) for registry in registries]
     for one in patches:
         one.start()
@@ -43,6 +60,12 @@ def test_the_new_method_and_bank_reach_predictions_tables_and_figures(followed, 
     np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
     with pytest.raises(ValueError, match="aux_logits"):
         normalization.METHODS["median"](logits.query, torch.full_like(logits.aux, torch.nan), logits.group)
+    images, texts = torch.nn.functional.normalize(torch.randn(2, 9, 4, generator=torch.manual_seed(0)), dim=-1)
+    index = retrieval.BalancedIndex.build(images, texts[:5], logit_scale=10.0, method="median")
+    scores = normalization.METHODS["median"](
+        10 * images @ texts[5:].T, 10 * images @ texts[:5].T, torch.zeros(9, dtype=int)
+    )
+    assert torch.equal(index.search(texts[5:], 3)[1], scores.T.topk(3).indices), "the index takes it, too"
     predictions = evaluation.rec_predictions(ds, regions, logits, ["clip", "median"])
     setting = dict.fromkeys(("dataset", "split", "proposals", "model", "pretrained", "visual_prompts", "aux_bank"), "x")
     table = evaluation.rec_table(predictions, **setting, resamples=100)
