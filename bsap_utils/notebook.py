@@ -1,0 +1,90 @@
+"""The first line of every notebook, `out_dir = notebook.start(globals())`: parameters and places, before any work."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from bsap_utils import ROOT
+
+REQUIRED = {"SPLIT", "MODEL", "PRETRAINED", "VISUAL_PROMPTS", "METHODS"}  # lists that may not be empty
+LISTS = REQUIRED | {"BANKS", "TEMPLATES", "TEMPERATURES", "SIZES", "GALLERY", "SCORES", "OTHER_TEMPLATES"}
+LISTS |= {"OTHER_PROMPTS", "OTHER_PROPOSALS"}
+PROPOSALS = ("gt", "detections", "rpn", "masks", "whole")
+OURS = re.compile(r"(fig|table|predictions)_.*|run_info\.json|\..*")  # what notebooks write, and hidden files
+
+
+def forms() -> list[tuple[str, Callable[[Any], bool], str]]:
+    """Parameters of a form: their names, whether a value has it, and the form in words."""
+    import torch
+
+    from bsap_utils import aux_prompts, normalization, visual_prompts
+
+    methods, prompts, banks = normalization.METHODS, visual_prompts.VISUAL_PROMPTS, aux_prompts.BANKS
+    usable = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    devices = [name for name in usable if usable[name]]
+    is_file = lambda value: Path(str(value)).is_file()  # noqa: E731
+    return [
+        ("TEMPLATE TEMPLATES OTHER_TEMPLATES", lambda v: bool(re.fullmatch(r"[^{}]*\{\}[^{}]*", str(v))),
+         'a text with "{}" once, the place of the expression'),
+        ("LIMIT AUX_SIZE TEXTS SEED TOP_K MIN_AREA", lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
+        ("SCENE NEIGHBOURS NEAREST DRAWS SIZES STEPS PAIRS", lambda v: type(v) is int and v > 0, "a whole number over 0"),
+        ("TEMPERATURE TEMPERATURES", lambda v: type(v) in (int, float) and (1e-6 <= v <= 1e6 or v == float("inf")),
+         "a number from 0.000001 to 1000000, or inf (the mean)"),
+        ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT MASK_NMS", lambda v: type(v) in (int, float) and 0 <= v <= 1,
+         "a number from 0 to 1"),
+        ("METHOD METHODS", methods.__contains__, f"one of {', '.join(methods)}"),
+        ("VISUAL_PROMPTS OTHER_PROMPTS", prompts.__contains__, f"one of {', '.join(prompts)}"),
+        ("AUX_BANK BANKS", lambda v: v in banks or is_file(v), f"one of {', '.join(banks)}, or a text file"),
+        ("PROPOSALS OTHER_PROPOSALS", lambda v: v in PROPOSALS or is_file(v), f"{', '.join(PROPOSALS)}, or a JSON file"),
+        ("DEVICE", lambda v: str(v).partition(":")[0] in devices, f"{' or '.join(devices)} on this machine"),
+    ]  # fmt: skip
+
+
+def start(parameters: MutableMapping[str, Any]) -> Path:
+    """Check a notebook's parameters, go to the repository's root, and return the folder of its figures and tables.
+
+    `parameters` are the notebook's globals. A single value where a list is meant becomes a list of one there, and an
+    empty DATA_ROOT the data set's own. Raises ValueError that names parameter, value and what is possible.
+    """
+    os.chdir(ROOT)
+    for name in LISTS & parameters.keys():
+        value = parameters[name]
+        values = list(value) if isinstance(value, (list, tuple)) else [] if value == "" else [value]
+        parameters[name] = values = values or [""] * (name == "PRETRAINED")  # models in a folder bring their own
+        twice = [one for one in values if values.count(one) > 1 and name != "PRETRAINED"]
+        if twice or not values and name in REQUIRED:
+            raise ValueError(f"{name} = {value!r}: should name {'each once' if twice else 'at least one'}.")
+    for names, fits, form in forms():
+        for name in parameters.keys() & set(names.split()):
+            for value in parameters[name] if name in LISTS else [parameters[name]]:
+                if not fits(value):
+                    raise ValueError(f"{name} = {value!r}: should be {form}.")
+    if len(parameters.get("PRETRAINED", "1")) not in (1, len(parameters.get("MODEL", "1"))):
+        raise ValueError(f"PRETRAINED = {parameters['PRETRAINED']!r}: should be one for all of MODEL, or one for each.")
+    if parameters.get("DATA_ROOT") == "":
+        parameters["DATA_ROOT"] = "data/refshapes" if parameters.get("DATASET") == "refshapes" else "data"
+    return usable_folder(Path(parameters.get("OUT_DIR") or "figures/by-hand"), results=True)
+
+
+def usable_folder(path: Path, results: bool = False, root: Path = ROOT) -> Path:
+    """Make `path` (below `root` where it is relative) and try it; ValueError where nothing can be written.
+
+    `results` go to a folder of the repository's figures/ or runs/, or to one elsewhere that holds nothing else.
+    """
+    place, folder, home = root / path, (root / path).resolve(), root.resolve()
+    elsewhere = not (folder.is_relative_to(home) or home.is_relative_to(folder))
+    ours = (folder / "manifest.json").is_file() or not folder.is_dir() or all(map(OURS.fullmatch, os.listdir(folder)))
+    if results and not (elsewhere and ours or {home / "figures", home / "runs"} & set(folder.parents)):
+        raise ValueError(f"OUT_DIR = {str(path)!r}: holds files that no run made. Take figures/NAME, or a new folder.")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ValueError(f"{error.filename or place}: no folder to write to ({error.strerror}; dead link?).") from error
+    if shutil.disk_usage(place).free < 50_000_000:
+        raise ValueError(f"{place}: has less than 50 MB left.")
+    return path
