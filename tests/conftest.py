@@ -1,8 +1,9 @@
-"""Shared ground of the tests: the committed sample, a small random CLIP on disk, and the real photo where it is present."""
+"""Shared ground of the tests: the committed sample, its CLIP, a small random CLIP on disk, and real material where present."""
 
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -11,10 +12,10 @@ from safetensors.torch import save_file
 
 from bsap_utils import ROOT
 from bsap_utils.datasets import load_refer
-from bsap_utils.scoring import ClipScorer
+from bsap_utils.regions import load_candidates, pair_up
 
 os.environ["BSAP_CACHE"] = ""  # every test encodes for itself; those of the cache give it a folder of their own
-PHOTOS = ROOT.parent / "shared" / "coco-photos"
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,15 +30,54 @@ def sample():
 
 
 @pytest.fixture(scope="session")
+def sample_val(sample):
+    return sample.select(split="val")
+
+
+@pytest.fixture(scope="session")
+def detections(sample_val):
+    return load_candidates(sample_val, "detections", "data/refshapes")
+
+
+@pytest.fixture(scope="session")
 def scorer():
-    return ClipScorer("local-dir:data/clip-refshapes", device="cpu")
+    from bsap_utils.scoring import ClipScorer
+
+    return ClipScorer("local-dir:data/clip-refshapes", device="cpu", cache=False)
+
+
+@pytest.fixture(scope="session")
+def val_case(sample_val, detections, scorer):
+    """Val of the sample with detections, scored: ds, candidates, pairs, image [V, C, D], s [P], a [C, M] (categories)."""
+    pairs = pair_up(sample_val, detections)
+    image = scorer.encode_regions(sample_val, detections)
+    text = scorer.encode_texts(sample_val.expressions["text"].tolist())
+    bank = scorer.encode_texts([f"a photo of {name}" for name in sample_val.categories])
+    s, a = scorer.pair_logits(image, text, pairs), scorer.logits(image, bank)
+    return SimpleNamespace(ds=sample_val, candidates=detections, pairs=pairs, image=image, s=s, a=a)
+
+
+def _shared(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"shared/{name} lies beside the checkout of the project's own machines only")
+    return SHARED / name
 
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    if not PHOTOS.is_dir():
-        pytest.skip("the real photo lies beside the checkout of the project's own machines only")
-    return PHOTOS
+    return _shared("coco-photos")
+
+
+@pytest.fixture(scope="session")
+def real_photos() -> Path:
+    """Nine COCO photographs with all their objects and true expressions, in the UNC layout."""
+    return _shared("real/refcoco-photos")
+
+
+@pytest.fixture(scope="session")
+def real_expressions() -> Path:
+    """The true expressions and boxes of the eight evaluation splits, as JSON lists."""
+    return _shared("real/refcoco-expressions")
 
 
 TINY = {
@@ -58,9 +98,8 @@ def save_clip(tmp_path_factory):
         model = open_clip.model.CLIP(**config)
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
         if weights:
-            save_file(
-                {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors"
-            )
+            state = {key: value.contiguous() for key, value in model.state_dict().items()}
+            save_file(state, folder / "open_clip_model.safetensors")
         return folder
 
     return save
