@@ -1,392 +1,260 @@
-"""BSAP, BSAP-H and the training-free corrections beside them: pure functions on two logit matrices.
+"""BSAP, BSAP-H and the training-free corrections beside them, each a line or a few on the table of pairs.
 
-Every method takes `query_logits` [R, Q] (regions × texts asked for) and `aux_logits` [R, M] (the same regions ×
-auxiliary prompts). The columns of `query_logits` are treated independently, so they may be texts that all regions
-share, or *slots*: column j of a region is the j-th expression of its own image, NaN where the image has fewer.
-A NaN slot stays NaN and disturbs nothing else.
+METHODS[name](s, a, pairs, **options) -> [P]: `s` [P] is CLIP's logit of every (expression, candidate), `a` [C, M] the
+logits of every candidate against every auxiliary prompt, `pairs` anything with integer tensors `expression` and
+`candidate` [P]. Higher is better. Nearly all are one family, s − w · pool_T(a): one number taken off a region, whatever
+is asked (`shift_and_scale`), with pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mean (T = ∞).
 
-Most methods are one family, `query − weight · pool(aux)`, that is one number taken off each region (`family`):
+    method           taken off a region          w    source; what it becomes as a ranking of regions
+    clip             nothing                     0    Radford et al. 2021
+    bsap             pool, T = 1                 1    arXiv 2402.18400
+    bsap_calibrated  pool, T = 1                 w*   ours: least squares on unlabelled texts
+    qb_norm          pool, T = scale / 20        1    Bogolin et al. 2022: inverted softmax, the static form
+    subtraction      mean                        1    Shtedritski et al. 2023 (Red Circle)
+    dn               mean                        1/2  Zhou et al. 2023; its mean image is the same for all regions
+    tas              mean, image's other queries 0.7  Suo et al. 2023; transductive: the other queries are the bank
+    nnn              mean of the 128 largest     3/4  Chowdhury et al. 2024
+    csls             mean of the 10 largest      1/2  Conneau et al. 2018, halved; its term of the text cancels
+    db_norm          pools of texts and images   1    Wang et al. 2023 (DualIS): still one number a region
+    sinkhorn         pool of a − potentials      1    Pan et al. 2025 (DBSN): a bank reweighted until its prompts are
+                                                      used alike by all candidates; its first half-iteration is bsap
+    bsap_zscore      mean, then / deviation           ours; as mutual proximity's one-sided form under normal tails
+    bsap_minmax      minimum, then / range            ours
+    bsap_h           w · softmax over the candidates + (1 − w) · BSAP: arXiv 2402.18400; needs the query, so no shift
 
-    method       pool over a region's auxiliary logits     weight   source
-    clip         none                                      0        Radford et al. 2021
-    bsap         logsumexp at temperature 1                1        arXiv 2402.18400
-    qb_norm      logsumexp at temperature 1/β              1        Bogolin et al. 2022
-    subtraction  mean (temperature ∞)                      1        Shtedritski et al. 2023 (Red Circle)
-    dn           mean                                      0.5      Zhou et al. 2023, as a ranking over regions
-    nnn          mean of the k largest                     0.75     Chowdhury et al. 2024
-
-All functions promote half precision and integers to float32, keep float64, run on any device and are differentiable
-(where no slot is NaN). They raise ValueError on shapes that do not fit, no auxiliary prompt, NaN or infinite values
-(NaN slots apart), a `group` that is not one whole number ≥ 0 a region, and temperatures ≤ 0.
+Label priors, Frolic and prompt weighting are one number a text: they cannot change a ranking of regions. Local scaling
+is a multiplicative csls. GR-CLIP needs features (`centred`), QB-Norm's dynamic form a gallery (`qb_norm_dynamic`). A bank
+an image: entries of −inf in `a` are left out of pools and k largest, and a region without any is not shifted.
+Computed in float64, where pools are exact at any temperature in 1e-6 … 1e6 or ∞; others are ValueErrors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, normalize
+
+if TYPE_CHECKING:
+    from .regions import Pairs
+
+_FLAT = 1e-4  # a spread of logits below it is rounding: such a region is only shifted
 
 
-def region_bias(aux_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return T · logsumexp(aux / T) over the auxiliary prompts, [R, M] -> [R]: what BSAP takes off a region's logits.
+def pool(a: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return T · log(mean(exp(a / T))) of each region, [C, M] -> [C] float64: BSAP's bias less T · log M.
 
-    Its part T · log M is the same for every region: it moves BSAP's value (more prompts, smaller values), never the
-    ranking. The rest is a soft maximum, from the largest logit (T → 0) to the mean (T → ∞). T · log M grows without
-    bound with T, and what tells regions apart then drowns in rounding: `family` leaves it out and ranks at any T.
+    That constant moves BSAP's value and never a ranking; without it the pool keeps its digits at any T.
 
-    >>> region_bias(torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
-    tensor([0.6931, 3.0486])
+    >>> pool(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), temperature=math.inf)
+    tensor([0., 2.], dtype=torch.float64)
     """
-    aux_logits = _checked_aux(aux_logits)
-    return _checked_temperature(temperature) * (aux_logits / temperature).logsumexp(1)
+    if not 1e-6 <= temperature <= 1e6 and temperature != math.inf:
+        raise ValueError(f"temperature is {temperature}: it must lie between 1e-6 and 1e6, or be inf for the mean.")
+    a = a.double()
+    left_out = (a == -math.inf).sum(1)
+    count = a.shape[1] - left_out
+    if temperature == math.inf:
+        return a.where(a > -math.inf, 0).sum(1) / count.clamp(min=1)
+    top = a.amax(1, keepdim=True)
+    above = ((a - top) / temperature).expm1().sum(1) + left_out  # exp − 1 keeps the digits where T is large
+    return (top[:, 0] + temperature * (above / count).log1p()).where(count > 0, 0)
 
 
-@torch.no_grad()
-def region_bias_from_features(
-    features: Tensor, aux_features: Tensor, logit_scale: float, temperature: float = 1.0, block: int = 2**18
-) -> Tensor:
-    """Return `region_bias` of unit features, [R, D] and [M, D] -> [R], without ever holding the [R, M] logits.
+def bsap(s: Tensor, a: Tensor, pairs: Pairs, temperature: float = 1.0) -> Tensor:
+    """Return BSAP, exp(s/T) / (exp(s/T) + Σ_m exp(a_m/T)), [P] in [0, 1] (arXiv 2402.18400).
 
-    At most `block` logits (or one region's) exist at a time: small enough for a CPU's cache, so that it takes hardly
-    longer than the matrix product. `logit_scale` has its exp already taken (CLIP: 100). No gradients.
+    It ties where it rounds to 0 or 1: rank by METHODS["bsap"], which does not.
 
-    >>> region_bias_from_features(torch.eye(2), torch.eye(2), logit_scale=3.0)
-    tensor([3.0486, 3.0486])
+    >>> from types import SimpleNamespace
+    >>> pairs = SimpleNamespace(expression=torch.tensor([0, 0]), candidate=torch.tensor([0, 1]))
+    >>> bsap(torch.tensor([3.0, 0.0]), torch.zeros(2, 2), pairs).round(decimals=4)
+    tensor([0.9094, 0.3333], dtype=torch.float64)
     """
-    scale = logit_scale / _checked_temperature(temperature)
-    pool = partial(torch.logsumexp, dim=1, keepdim=True)
-    return temperature * _by_block(pool, features, aux_features, scale, block)[:, 0]
+    return _log_odds(s, a, pairs, temperature).sigmoid()
 
 
-def _by_block(
-    function: Callable[[Tensor], Tensor], features: Tensor, aux_features: Tensor, logit_scale: float, block: int
-) -> Tensor:
-    """Return function(logits) of unit features, [R, D] and [M, D] -> [R, K], at most `block` logits (or one row's) at a time."""
-    if features.ndim != 2 or aux_features.ndim != 2 or features.shape[1] != aux_features.shape[1]:
-        shapes = f"features {list(features.shape)} and aux_features {list(aux_features.shape)}"
-        raise ValueError(f"{shapes} do not fit: [R, D] and [M, D] are needed.")
-    if not len(aux_features):
-        raise ValueError("aux_features has no auxiliary prompt: at least one is needed.")
-    _refuse("aux_features", aux_features, ~aux_features.isfinite())
-    dtype = torch.promote_types(torch.promote_types(features.dtype, aux_features.dtype), torch.float32)
-    scaled = (aux_features.to(dtype) * logit_scale).T
-    width = function(scaled[:1]).shape[1]
-    values = torch.empty(len(features), width, dtype=dtype, device=features.device)  # in place: pieces would fragment
-    rows = max(block // len(aux_features), 1)
-    for part, of_part in zip(features.split(rows), values.split(rows), strict=True):
-        of_part.copy_(function(part.to(dtype) @ scaled))
-    if not values.isfinite().all():
-        _refuse("features", features, ~features.isfinite())
-    return values
+def bsap_hybrid(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """Return BSAP-H, weight · softmax of s over an expression's candidates + (1 − weight) · BSAP: [P] in [0, 1]."""
+    return weight * candidate_softmax(s, pairs) + (1 - weight) * bsap(s, a, pairs, temperature)
 
 
-def family(
-    query_logits: Tensor, aux_logits: Tensor, weight: float = 1.0, temperature: float = 1.0, nearest: int | None = None
-) -> Tensor:
-    """Return query − weight · T · log(mean(exp(aux / T))), [R, Q] and [R, M] -> [R, Q]: the module's table.
+def candidate_softmax(s: Tensor, pairs: Pairs) -> Tensor:
+    """Return the softmax of s over the candidates of each expression, [P] -> [P] float64."""
+    return _log_softmax(s, pairs).exp()
 
-    The pool is `region_bias` less its constant T · log M: scores stay on the scale of the logits, and rank as
-    `query − weight · region_bias` does, at every temperature; T = math.inf is the mean. `nearest` pools over the
-    largest `nearest` auxiliary logits of a region only (over all where there are fewer); 1 is the maximum, T → 0.
 
-    >>> family(torch.tensor([[2.0], [2.0]]), torch.tensor([[1.0, 0.0], [3.0, 0.0]]), temperature=math.inf)
-    tensor([[1.5000],
-            [0.5000]])
+def _log_softmax(s: Tensor, pairs: Pairs) -> Tensor:
+    s, count = s.double(), int(pairs.expression.max()) + 1
+    top = s.new_zeros(count).scatter_reduce(0, pairs.expression, s, "amax", include_self=False)
+    shifted = s - top[pairs.expression]
+    return shifted - s.new_zeros(count).index_add(0, pairs.expression, shifted.exp()).log()[pairs.expression]
+
+
+def _log_odds(s: Tensor, a: Tensor, pairs: Pairs, temperature: float) -> Tensor:
+    bias = pool(a, temperature) / temperature + (a > -math.inf).sum(1).log()
+    return s.double() / temperature - bias[pairs.candidate]
+
+
+def calibrated_weight(pooled: Tensor, mean_logit: Tensor, image: Tensor) -> float:
+    """Return w* = cov(pooled, mean_logit) / var(pooled) among competing candidates: least squares, without labels.
+
+    `pooled` [C] is `pool(a)`, `mean_logit` [C] a candidate's mean logit over unlabelled texts that resemble the queries;
+    candidates with the same number in `image` [C] compete (in a gallery all: zeros). 0 where no pool differs.
+
+    >>> calibrated_weight(torch.tensor([0.0, 2.0, 5.0]), torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0, 0, 1]))
+    0.5
     """
-    query_logits, aux_logits = _checked(query_logits, aux_logits)
-    return query_logits - _pooled(aux_logits, weight, temperature, nearest)[0]
+    values = torch.stack([pooled, mean_logit], 1).double()
+    total = values.new_zeros(int(image.max()) + 1, 2).index_add(0, image, values)
+    x, y = (values - (total / image.bincount().clamp(min=1)[:, None])[image]).T
+    return float(x @ y / (x @ x)) if x.abs().max() > 1e-9 else 0.0
 
 
-def bsap(query_logits: Tensor, aux_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return BSAP, exp(q/T) / (exp(q/T) + Σ_m exp(a_m/T)), [R, Q] and [R, M] -> [R, Q] in (0, 1) (arXiv 2402.18400).
+def shift_and_scale(a: Tensor, name: str = "bsap", **options: Any) -> tuple[Tensor, Tensor]:
+    """Return shift and scale of each region, [C, M] -> [C], [C] float64: METHODS[name] is (s − shift) / scale.
 
-    It is the logistic of (query − region_bias) / T. In float32 that rounds to 1 from 17 on, so values are held just
-    inside the interval and may tie there: *rank* by METHODS["bsap"], which does not saturate.
-
-    >>> bsap(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
-    tensor([[0.9094, 0.3333]])
-    """
-    value = _log_odds(query_logits, aux_logits, temperature).sigmoid()
-    limits = torch.finfo(value.dtype)
-    return value.clamp(limits.tiny, 1 - limits.eps / 2)
-
-
-def bsap_hybrid(
-    query_logits: Tensor, aux_logits: Tensor, group: Tensor, weight: float = 0.5, temperature: float = 1.0
-) -> Tensor:
-    """Return BSAP-H, weight · softmax of the query over its image's regions + (1 − weight) · BSAP: [R, Q] in [0, 1].
-
-    `group` [R] is the image (0, 1, …) of each region. The softmax is that of CLIP's logits as they are; `temperature`
-    is BSAP's. METHODS["bsap_h"] ranks alike and does not saturate.
-
-    >>> bsap_hybrid(torch.tensor([[1.0], [1.0], [9.0]]), torch.zeros(3, 1), torch.tensor([0, 0, 1]))
-    tensor([[0.6155],
-            [0.6155],
-            [0.9999]])
-    """
-    softmax = group_log_softmax(query_logits, group).exp()
-    return _checked_share(weight) * softmax + (1 - weight) * bsap(query_logits, aux_logits, temperature)
-
-
-def group_log_softmax(logits: Tensor, group: Tensor) -> Tensor:
-    """Return the logarithm of the softmax over the regions of each group, column by column: [R, Q], [R] -> [R, Q].
-
-    >>> group_log_softmax(torch.tensor([[1.0], [1.0], [9.0]]), torch.tensor([0, 0, 1])).exp().ravel()
-    tensor([0.5000, 0.5000, 1.0000])
-    """
-    logits = _checked_query(logits)
-    group = _checked_group(logits, group)
-    index = group[:, None].expand_as(logits)
-    groups = int(group.max()) + 1 if len(group) else 0
-    # a softmax does not change when all its logits are shifted alike, so the maximum needs no gradient
-    top = logits.new_full((groups, logits.shape[1]), -math.inf).scatter_reduce(0, index, logits.detach(), "amax")
-    shifted = logits - top.gather(0, index)
-    total = torch.zeros_like(top).scatter_reduce(0, index, shifted.exp(), "sum")
-    return shifted - total.gather(0, index).log()
-
-
-def shift_and_scale(aux_logits: Tensor, method: str = "bsap", **options: float) -> tuple[Tensor, Tensor]:
-    """Return the shift and the scale of each region, [R, M] -> [R] and [R]: METHODS gives (query − shift) / scale.
-
-    So a method is two numbers a region, whatever is asked, and fits into an index of vectors (`retrieval`). `options` are
-    those of METHODS[`method`]. Raises ValueError for a method that is not of this form: "bsap_h" also needs the query.
+    So a correction fits into an index of vectors. `options` are those of METHODS[name]. Raises ValueError for "bsap_h"
+    and "tas", which need the queries.
 
     >>> shift_and_scale(torch.tensor([[1.0, 3.0]]), "bsap_zscore")
-    (tensor([2.]), tensor([1.]))
+    (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
-    shift, scale = _correction(method)(_checked_aux(aux_logits), **options)
-    return shift[:, 0], scale[:, 0]
+    if name not in _CORRECTIONS:
+        raise ValueError(f"{name!r} is not a shift and a scale of each region; {', '.join(_CORRECTIONS)} are.")
+    result = _CORRECTIONS[name](a, **options)
+    return result if isinstance(result, tuple) else (result, torch.ones_like(result))
 
 
 @torch.no_grad()
 def shift_and_scale_from_features(
-    features: Tensor,
-    aux_features: Tensor,
-    logit_scale: float,
-    method: str = "bsap",
-    block: int = 2**18,
-    **options: float,
+    features: Tensor, aux_features: Tensor, logit_scale: float, name: str = "bsap", block: int = 2**18, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Return `shift_and_scale` of unit features, [R, D] and [M, D] -> [R] and [R], in `region_bias_from_features`'s memory.
+    """Return `shift_and_scale` of unit features, [C, D] and [M, D] -> [C], [C], holding about `block` logits at a time.
 
-    >>> shift_and_scale_from_features(torch.eye(2), torch.eye(2), logit_scale=3.0, method="subtraction")
-    (tensor([1.5000, 1.5000]), tensor([1., 1.]))
+    For methods that look at a region alone, and for "sinkhorn", which passes over the features once an iteration; not
+    for "bsap_calibrated", which is `calibrated_weight` times the shift of "bsap", nor for "db_norm".
     """
-    correct = _correction(method)
-    values = _by_block(lambda aux: torch.cat(correct(aux, **options), 1), features, aux_features, logit_scale, block)
-    return values[:, 0], values[:, 1]
+    scaled = (aux_features * logit_scale).T.contiguous()
+    parts = features.split(max(block // len(aux_features), 32))
+    if name == "sinkhorn":
+        scaled_part = lambda part: part @ scaled  # noqa: E731
+        potentials = prompt_potentials(lambda: map(scaled_part, parts), **options)
+        found = [(pool(part @ scaled - potentials, options.get("temperature", 1.0)),) * 2 for part in parts]
+        return torch.cat([shift for shift, _ in found]), torch.ones(len(features), dtype=torch.float64)
+    found = [shift_and_scale(part @ scaled, name, **options) for part in parts]
+    return torch.cat([shift for shift, _ in found]), torch.cat([scale for _, scale in found])
 
 
-def default_options(method: str) -> dict[str, float]:
-    """Return the options of METHODS[`method`] with their defaults. Raises ValueError for a method that there is not.
+def prompt_potentials(blocks: Callable[[], Iterable[Tensor]], temperature: float = 1.0, iterations: int = 10) -> Tensor:
+    """Return Sinkhorn's potential of each prompt, [M]: what it is preferred by beyond its share of the candidates.
+
+    `blocks()` yields the rows of `a` [C, M] some at a time. A candidate's shift is pool_T(a − potentials): its own row is
+    all it needs, so that it can be added to an index later. T must be finite.
+    """
+    potentials = torch.zeros(())
+    for _ in range(iterations - 1):
+        shares = [((a - pool(a - potentials, temperature)[:, None]) / temperature).logsumexp(0) for a in blocks()]
+        total = torch.stack(shares).logsumexp(0)
+        potentials = temperature * (total - total.mean())
+    return potentials
+
+
+def centred(features: Tensor, mean: Tensor) -> Tensor:
+    """Return unit features [N, D] less their modality's mean [D], units again: GR-CLIP (arXiv 2507.19054)."""
+    return normalize(features - mean, dim=-1)
+
+
+def qb_norm_dynamic(scores: Tensor, a: Tensor, temperature: float = 5.0) -> Tensor:
+    """Return QB-Norm's dynamic form (k = 1) for a gallery's [N, T] scores and its [N, M] bank logits: [N, T].
+
+    Only texts whose best image is also some auxiliary prompt's best are corrected (Bogolin et al. 2022).
+    """
+    corrected = torch.isin(scores.argmax(0), a.argmax(0))
+    return scores - pool(a, temperature)[:, None] * corrected
+
+
+def default_options(name: str) -> dict[str, Any]:
+    """Return the options of METHODS[name] that have defaults.
 
     >>> default_options("nnn"), default_options("bsap_h")
-    ({'k': 16, 'weight': 0.75}, {'weight': 0.5, 'temperature': 1.0})
+    ({'k': 128, 'weight': 0.75}, {'weight': 0.5, 'temperature': 1.0})
     """
-    function = _bsap_h if method == "bsap_h" else _correction(method)
-    return {p.name: p.default for p in signature(function).parameters.values() if p.default is not p.empty}
+    parameters = signature(_CORRECTIONS.get(name) or METHODS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-# A correction takes auxiliary logits [R, M] in floats and returns a shift and a scale, [R, 1] each; all but BSAP-H are one.
+def _nearest(a: Tensor, k: int, weight: float) -> Tensor:
+    return weight * pool(a.topk(min(k, a.shape[1])).values, math.inf)
 
 
-def _clip(aux: Tensor) -> tuple[Tensor, Tensor]:
-    """CLIP as it is: the query logits."""
-    return torch.zeros_like(aux[:, :1]), torch.ones_like(aux[:, :1])
+def _zscore(a: Tensor) -> tuple[Tensor, Tensor]:
+    deviation = a.double().std(1, correction=0)
+    return pool(a, math.inf), deviation.where(deviation > _FLAT, 1)
 
 
-def _bsap(aux: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Query − region bias, but for a constant: T times the log-odds of BSAP, hence its ranking, unsaturated."""
-    return _pooled(aux, temperature=temperature)
+def _minmax(a: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = a.double().aminmax(dim=1)
+    return low, (high - low).where(high - low > _FLAT, 1)
 
 
-def _bsap_minmax(aux: Tensor) -> tuple[Tensor, Tensor]:
-    """(query − smallest auxiliary logit) / their range; a region whose range is 0 is only shifted."""
-    low, high = aux.aminmax(dim=1, keepdim=True)
-    return low, torch.where(high - low > _rounding(aux), high - low, 1.0)
+def _calibrated(a: Tensor, mean_logit: Tensor, image: Tensor, temperature: float = 1.0) -> Tensor:
+    pooled = pool(a, temperature)
+    return calibrated_weight(pooled, mean_logit, image) * pooled
 
 
-def _bsap_zscore(aux: Tensor) -> tuple[Tensor, Tensor]:
-    """(query − mean) / standard deviation of the M auxiliary logits; a region without any spread is only shifted."""
-    mean = aux.mean(1, keepdim=True)
-    variance = (aux - mean).square().mean(1, keepdim=True)
-    # replaced before the root, which has no gradient at 0
-    return mean, torch.where(variance > _rounding(aux) ** 2, variance, 1.0).sqrt()
+def _sinkhorn(a: Tensor, temperature: float = 1.0, iterations: int = 10) -> Tensor:
+    return pool(a - prompt_potentials(lambda: [a.double()], temperature, iterations), temperature)
 
 
-def _subtraction(aux: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Query − mean auxiliary logit."""
-    return _pooled(aux, weight, math.inf)
+def _dual(a: Tensor, image_logits: Tensor, temperature: float = 199.0, image_temperature: float = 100 / 3) -> Tensor:
+    """T = scale / β with the authors' β₁ = 1/1.99 and β₂ = 3 at CLIP's scale of 100; `image_logits` [C, K] at that too."""
+    texts, images = pool(a, temperature), pool(image_logits, image_temperature)
+    return (image_temperature * texts + temperature * images) / (temperature + image_temperature)
 
 
-def _dn(aux: Tensor, weight: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Query − half the mean auxiliary logit (the source's mean over images is one number a column: no matter here)."""
-    return _pooled(aux, weight, math.inf)
-
-
-def _nnn(aux: Tensor, k: int = 16, weight: float = 0.75) -> tuple[Tensor, Tensor]:
-    """Query − 0.75 · mean of the k largest auxiliary logits, or of all M where M < k."""
-    return _pooled(aux, weight, math.inf, k)
-
-
-def _qb_norm(aux: Tensor, temperature: float = 5.0) -> tuple[Tensor, Tensor]:
-    """Inverted softmax. The source has β = 20 on cosines: on logits T = logit scale / β, 5 at CLIP's scale of 100.
-
-    This is the static form. The dynamic one corrects a query only if its best region is also an auxiliary prompt's
-    best of the whole gallery, which has no counterpart among the few regions of one image.
-    """
-    return _pooled(aux, temperature=temperature)
-
-
-def _pooled(
-    aux: Tensor, weight: float = 1.0, temperature: float = 1.0, nearest: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The shift of `family`: weight · T · log(mean(exp(aux / T))), over the `nearest` largest auxiliary logits only."""
-    if not math.isfinite(weight):
-        raise ValueError(f"weight is {weight}: it must be a finite number.")
-    if nearest is not None:
-        if nearest < 1:
-            raise ValueError(f"{nearest} nearest auxiliary prompts: at least one is needed.")
-        aux = aux.topk(min(nearest, aux.shape[1]), 1).values
-    return weight * _soft_maximum(aux, temperature)[:, None], torch.ones_like(aux[:, :1])
-
-
-_CORRECTIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "clip": _clip,
-    "bsap": _bsap,
-    "bsap_minmax": _bsap_minmax,
-    "bsap_zscore": _bsap_zscore,
-    "subtraction": _subtraction,
-    "dn": _dn,
-    "nnn": _nnn,
-    "qb_norm": _qb_norm,
+_CORRECTIONS: dict[str, Callable[..., Any]] = {
+    "clip": lambda a: a.new_zeros(len(a), dtype=torch.float64),
+    "bsap": lambda a, temperature=1.0: pool(a, temperature),
+    "bsap_minmax": _minmax,
+    "bsap_zscore": _zscore,
+    "subtraction": lambda a, weight=1.0: weight * pool(a, math.inf),
+    "dn": lambda a, weight=0.5: weight * pool(a, math.inf),
+    "nnn": lambda a, k=128, weight=0.75: _nearest(a, k, weight),
+    "csls": lambda a, k=10, weight=0.5: _nearest(a, k, weight),
+    "qb_norm": lambda a, temperature=5.0: pool(a, temperature),  # the source has β = 20, at CLIP's scale of 100
+    "bsap_calibrated": _calibrated,
+    "sinkhorn": _sinkhorn,
+    "db_norm": _dual,
 }
 
 
-def _correction(method: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if method not in _CORRECTIONS:
-        known = ", ".join(_CORRECTIONS)
-        raise ValueError(f"{method!r} is no method of one shift and scale a region; these are: {known}.")
-    return _CORRECTIONS[method]
+def _corrected(name: str, s: Tensor, a: Tensor, pairs: Pairs, **options: Any) -> Tensor:
+    shift, scale = shift_and_scale(a, name, **options)
+    return (s.double() - shift[pairs.candidate]) / scale[pairs.candidate]
 
 
-def _corrected(
-    correct: Callable[..., tuple[Tensor, Tensor]], query: Tensor, aux: Tensor, group: Tensor, **options: float
-) -> Tensor:
-    """(query − shift) / scale; `group`, which it has no use for, is checked: a wrong one would go unnoticed until the ranking."""
-    query, aux = _checked(query, aux, group)
-    shift, scale = correct(aux, **options)
-    return (query - shift) / scale
-
-
-def _bsap_h(query: Tensor, aux: Tensor, group: Tensor, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
+def _bsap_h(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
     """Log-odds of BSAP-H, from logarithms: weight 0 ranks as BSAP and 1 as CLIP even where h rounds to 0 or 1."""
-    log_softmax = group_log_softmax(query, group)
-    log_odds = _log_odds(query, aux, temperature)
-    log_weight, log_rest = (math.log(w) if w else -math.inf for w in (_checked_share(weight), 1 - weight))
-    # only one region of a column can hold nearly all of the softmax, so keeping 1 − softmax off 0 ties nothing
-    log_others = (-log_softmax.exp().clamp(max=1 - torch.finfo(log_softmax.dtype).eps / 2)).log1p()
-    log_h = torch.logaddexp(log_weight + log_softmax, log_rest + logsigmoid(log_odds))
+    log_share, log_odds = _log_softmax(s, pairs), _log_odds(s, a, pairs, temperature)
+    log_weight, log_rest = (math.log(w) if w else -math.inf for w in (weight, 1 - weight))
+    # only one candidate can hold nearly all of the softmax, so keeping 1 − softmax off 0 ties nothing
+    log_others = (-log_share.exp().clamp(max=1 - 1e-16)).log1p()
+    log_h = torch.logaddexp(log_weight + log_share, log_rest + logsigmoid(log_odds))
     return log_h - torch.logaddexp(log_weight + log_others, log_rest + logsigmoid(-log_odds))
 
 
-# METHODS[name](query_logits, aux_logits, group, **options) -> scores [R, Q], higher is better. They are made to rank
-# the regions of one column; on which scale differs from method to method.
-METHODS: dict[str, Callable[..., Tensor]] = {
-    name: _bsap_h if name == "bsap_h" else partial(_corrected, _correction(name))
-    for name in ("clip", "bsap", "bsap_h", "bsap_minmax", "bsap_zscore", "subtraction", "dn", "nnn", "qb_norm")
-}
+def _tas(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.7) -> Tensor:
+    """The image's other expressions are the bank: their logits stand in the same table."""
+    total = torch.zeros(len(a), dtype=torch.float64).index_add(0, pairs.candidate, s.double())[pairs.candidate]
+    others = pairs.candidate.bincount(minlength=len(a))[pairs.candidate] - 1
+    return s - weight * (total - s) / others.clamp(min=1)
 
 
-def _log_odds(query: Tensor, aux: Tensor, temperature: float) -> Tensor:
-    """BSAP's log-odds, (query − region bias) / T: [R, Q]."""
-    query, aux = _checked(query, aux)
-    return query / _checked_temperature(temperature) - (aux / temperature).logsumexp(1, keepdim=True)
-
-
-def _soft_maximum(aux: Tensor, temperature: float) -> Tensor:
-    """T · log(mean(exp(aux / T))), [R, M] -> [R]: from the maximum (T → 0) to the mean (T = ∞)."""
-    if temperature == math.inf:
-        return aux.mean(1)
-    top = aux.detach().amax(1, keepdim=True)  # cancels out, so it needs no gradient
-    exponent = (aux - top) / _checked_temperature(temperature)
-    total = exponent.exp().sum(1)
-    log_mean = total.log() - math.log(aux.shape[1])
-    near = total > aux.shape[1] / 2
-    if near.any():  # at large T log1p keeps what log M would swallow; elsewhere the sum is far from it, and costs half
-        log_mean = torch.where(near, exponent.expm1().mean(1).log1p(), log_mean)
-    return top[:, 0] + temperature * log_mean
-
-
-def _rounding(aux: Tensor) -> Tensor:
-    """The spread [R, 1] below which logits are equal but for rounding: dividing by it would only magnify noise."""
-    return 8 * torch.finfo(aux.dtype).eps * aux.detach().abs().amax(1, keepdim=True).clamp(min=1)
-
-
-def _refuse(name: str, matrix: Tensor, wrong: Tensor) -> None:
-    if wrong.any():
-        first, where = wrong.nonzero()[0].tolist(), f"{name} {list(matrix.shape)}"
-        raise ValueError(f"{where} has {int(wrong.sum())} NaN or infinite values, the first at row, column {first}.")
-
-
-def _checked(query: Tensor, aux: Tensor, group: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return both matrices in one float type, or say what does not fit."""
-    query, aux = _checked_query(query), _checked_aux(aux)
-    if len(query) != len(aux):
-        shapes = f"query_logits {list(query.shape)} and aux_logits {list(aux.shape)}"
-        raise ValueError(f"{shapes} differ in their number of regions (rows).")
-    if group is not None:
-        _checked_group(query, group)
-    dtype = torch.promote_types(query.dtype, aux.dtype)
-    return query.to(dtype), aux.to(dtype)
-
-
-def _checked_query(query: Tensor) -> Tensor:
-    if query.ndim != 2:
-        raise ValueError(f"query_logits {list(query.shape)} is no matrix [regions, texts].")
-    _refuse("query_logits", query, query.isinf())  # a NaN is an empty slot here
-    return query.to(torch.promote_types(query.dtype, torch.float32))
-
-
-def _checked_aux(aux: Tensor) -> Tensor:
-    if aux.ndim != 2 or not aux.shape[1]:
-        raise ValueError(f"aux_logits {list(aux.shape)} is no matrix [regions, auxiliary prompts], one prompt or more.")
-    _refuse("aux_logits", aux, ~aux.isfinite())
-    return aux.to(torch.promote_types(aux.dtype, torch.float32))
-
-
-def _checked_group(query: Tensor, group: Tensor) -> Tensor:
-    if group.shape != query.shape[:1]:
-        shapes = f"group {list(group.shape)} does not fit query_logits {list(query.shape)}"
-        raise ValueError(f"{shapes}: one image a region is needed.")
-    if group.is_floating_point() or group.dtype == torch.bool:
-        raise ValueError(f"group is {group.dtype}: whole numbers 0, 1, … are needed.")
-    if len(group) and group.min() < 0:
-        raise ValueError(f"group has the negative image {int(group.min())}: images are numbered from 0.")
-    empty = query.isnan()
-    if empty.any():  # a slot is empty for all regions of an image or for none
-        count = torch.zeros(int(group.max()) + 1, query.shape[1], device=query.device).index_add(
-            0, group, empty.float()
-        )
-        torn = (count > 0) & (count < group.bincount()[:, None])
-        if torn.any():
-            image, column = torn.nonzero()[0].tolist()
-            raise ValueError(f"query_logits is NaN for some regions of image {image} in column {column}, not for all.")
-    return group.long()
-
-
-def _checked_temperature(temperature: float) -> float:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}: it must be positive and finite.")
-    return temperature
-
-
-def _checked_share(weight: float) -> float:
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight is {weight}: the hybrid mixes two probabilities, so it must lie in 0 … 1.")
-    return weight
+METHODS: dict[str, Callable[..., Tensor]] = {name: partial(_corrected, name) for name in _CORRECTIONS}
+METHODS |= {"bsap_h": _bsap_h, "tas": _tas}

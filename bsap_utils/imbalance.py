@@ -1,0 +1,183 @@
+"""How unlike the similarities of different regions are: shares of variance, hubs, and what kind of region is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .datasets import XYWH, ReferDataset
+from .normalization import calibrated_weight, pool
+from .regions import box_iou
+from .stats import cluster_bootstrap
+
+OBJECT, LOOSE, GROUND = "object", "part or loose box", "bare ground"  # kinds of candidate, by IoU with the objects
+
+
+def sums_of_squares(logits: Tensor, image: Tensor | None = None) -> pd.DataFrame:
+    """Return the two-way decomposition of the variance of logits [C, T], a row a candidate: region, text, interaction.
+
+    logit = mean + text + region + interaction, analysis of variance without replication (Scheffé, The Analysis of
+    Variance, 1959, §4.2); the columns' sums are the parts of the sum of squares. With `image` [C] the text effect is that
+    of a text *in its image*, which cannot change what is picked there, and region effects are about the image's mean.
+
+    >>> sums_of_squares(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+       region  text  interaction
+    0     4.5   2.0          0.5
+    1     4.5   2.0          0.5
+    """
+    image = torch.zeros(len(logits), dtype=torch.long) if image is None else image
+    count = image.bincount()[:, None]
+
+    def image_mean(values: Tensor) -> Tensor:
+        return (values.new_zeros(len(count), values.shape[1]).index_add(0, image, values) / count.clamp(min=1))[image]
+
+    mean = logits.double().mean(1, keepdim=True)
+    region = mean - image_mean(mean)
+    text, interaction = torch.zeros(2, len(logits), dtype=torch.float64)
+    for columns in logits.split(max(2**22 // len(logits), 1), 1):  # bounded memory
+        values = columns.double()
+        expected = image_mean(values)
+        text += (expected - mean.mean()).square().sum(1)
+        interaction += (values - expected - region).square().sum(1)
+    parts = {"region": logits.shape[1] * region[:, 0].square(), "text": text, "interaction": interaction}
+    return pd.DataFrame({name: part.numpy() for name, part in parts.items()})
+
+
+def region_share(logits: Tensor, image: Tensor) -> float:
+    """Return the share of the variance among competing candidates that belongs to the candidate alone, in 0 … 1.
+
+    Logits [C, T] of texts that need no labels; candidates with the same number in `image` [C] compete (a gallery: all
+    0). Competing means at a fixed text: what all candidates of an image share in a text is left out. NaN if none compete.
+
+    >>> region_share(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0, 0]))
+    0.9
+    """
+    sums = sums_of_squares(logits, image).sum()
+    return float(sums["region"] / (sums["region"] + sums["interaction"]))
+
+
+def variance_shares(logits: Tensor, image: Tensor, compete: bool = True, seed: int = 0) -> pd.Series:
+    """Return shares of variance, region, text and interaction, and region's interval (region_low, region_high) by image.
+
+    With `compete` within images, where text is left out (NaN): region is then `region_share`.
+    """
+    sums = sums_of_squares(logits, image if compete else None)
+    if compete:
+        sums["text"] = 0.0
+    total = sums.sum(axis=1).to_numpy()[:, None]
+    low, high = cluster_bootstrap(sums[["region"]].to_numpy(), image.numpy(), total, seed=seed)
+    shares = sums.sum() / total.sum()
+    return pd.concat([shares.where(~(sums == 0).all()), pd.Series({"region_low": low[0], "region_high": high[0]})])
+
+
+def diagnosis(logits: Tensor, a: Tensor, image: Tensor, temperature: float = 1.0) -> pd.Series:
+    """Return what a bank `a` [C, M] can do for scores like `logits` [C, T], without labels.
+
+    region_share: how much there is to take off; agreement: how much of the candidates' mean logits the bank's pool
+    sees (squared correlation among competing candidates); weight: w* of `calibrated_weight`.
+    """
+    pooled, mean = pool(a, temperature), logits.double().mean(1)
+    weight, reverse = calibrated_weight(pooled, mean, image), calibrated_weight(mean, pooled, image)
+    numbers = {"region_share": region_share(logits, image), "agreement": weight * reverse, "weight": weight}
+    return pd.Series(numbers)
+
+
+def k_occurrence(scores: Tensor, k: int = 1) -> Tensor:
+    """Return for how many texts an image of a gallery is among the k highest, [N, T] -> [N] (Radovanović et al. 2010).
+
+    >>> k_occurrence(torch.tensor([[3.0, 3.0, 1.0], [2.0, 1.0, 2.0], [1.0, 2.0, 0.0]]))
+    tensor([2, 1, 0])
+    """
+    return scores.topk(min(k, len(scores)), 0).indices.flatten().bincount(minlength=len(scores))
+
+
+def gini(counts: np.ndarray | Tensor) -> float:
+    """Return Σ|N_i − N_j| / (2 n Σ N): 0 where all are picked alike, towards 1 where one takes all.
+
+    >>> gini(np.array([0, 0, 0, 4]))
+    0.75
+    """
+    ordered = np.sort(np.asarray(counts, np.float64))
+    ranks = 2 * np.arange(1, len(ordered) + 1) - len(ordered) - 1
+    return float(ranks @ ordered / (len(ordered) * ordered.sum()))
+
+
+def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Return how unevenly images are retrieved, from `k_occurrence` counts: a row an image, a column a method.
+
+    One row a method and measure: skewness (Radovanović et al., JMLR 2010), gini, never (share of zeros). Columns method,
+    measure, value, ci_low, ci_high, delta_vs_clip (to the first column), delta_ci_low, delta_ci_high; resampling
+    `clusters` [N] and keeping the counts.
+    """
+    measures = {
+        "skewness": lambda n: float(pd.Series(n).skew()),
+        "gini": gini,
+        "never": lambda n: float((n == 0).mean()),
+    }
+    codes, names = pd.factorize(clusters)
+    members, generator = pd.Series(codes).groupby(codes).indices, np.random.default_rng(seed)
+    samples = [np.arange(len(codes))]
+    for _ in range(draws if len(names) > 1 else 0):
+        samples.append(np.concatenate([members[code] for code in generator.integers(len(names), size=len(names))]))
+    values = np.array([[[measure(counts[name].to_numpy()[rows]) for measure in measures.values()] for name in counts]
+                       for rows in samples])  # [1 + draws, methods, measures]  # fmt: skip
+    rows = []
+    for j, method in enumerate(counts):
+        for m, measure in enumerate(measures):
+            own, delta = values[:, j, m], values[:, j, m] - values[:, 0, m]
+            rows.append([method, measure, own[0], *_bounds(own[1:]), delta[0], *_bounds(delta[1:])])
+    interval = ["value", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"]
+    return pd.DataFrame(rows, columns=["method", "measure", *interval])
+
+
+def _bounds(values: np.ndarray) -> np.ndarray:
+    return np.quantile(values, [0.025, 0.975]) if len(values) else np.array([np.nan, np.nan])
+
+
+def region_traits(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
+    """Return what might make a candidate a hub, a row a candidate.
+
+    kind  OBJECT (IoU ≥ 0.5 with one), GROUND (IoU < 0.1 with every object) or else LOOSE
+    category  of the object it frames best, None where that is no OBJECT
+    framing  highest IoU with an object
+    size  share of the image's area
+    off_centre  distance of its centre from the image's, in half diagonals: 0 in the middle, 1 in a corner
+    height  of its centre in the image: 0 at the bottom, 1 at the top
+    contrast  standard deviation of the grey values in it (0 … 255 scaled to 0 … 1)
+    """
+    objects = ds.annotations.loc[ds.annotations["iscrowd"] == 0, ["image_id", *XYWH, "category"]]
+    both = (
+        candidates[["image_id", *XYWH]]
+        .rename_axis("row")
+        .reset_index()
+        .merge(objects, on="image_id", suffixes=("", "_o"))
+    )
+    both["iou"] = box_iou(both[XYWH].to_numpy(), both[[f"{side}_o" for side in XYWH]].to_numpy())
+    best = both.sort_values("iou", ascending=False, kind="stable").drop_duplicates("row").set_index("row")
+    best = best.reindex(np.arange(len(candidates)))
+    framing = best["iou"].fillna(0).to_numpy()
+    image = ds.images.loc[candidates["image_id"], ["width", "height"]].to_numpy(float)
+    boxes = candidates[XYWH].to_numpy(float)
+    centre = (boxes[:, :2] + boxes[:, 2:] / 2) / image
+    return pd.DataFrame({
+        "kind": np.select([framing >= 0.5, framing < 0.1], [OBJECT, GROUND], LOOSE),
+        "category": best["category"].where(framing >= 0.5, None).to_numpy(),
+        "framing": framing,
+        "size": boxes[:, 2:].prod(1) / image.prod(1),
+        "off_centre": np.linalg.norm((centre - 0.5) * image, axis=1) / np.linalg.norm(image / 2, axis=1),
+        "height": 1 - centre[:, 1],
+        "contrast": _contrast(ds, candidates),
+    })  # fmt: skip
+
+
+def _contrast(ds: ReferDataset, candidates: pd.DataFrame) -> np.ndarray:
+    contrast = np.empty(len(candidates))
+    for image_id, rows in candidates.groupby("image_id", sort=False).indices.items():
+        grey = np.asarray(ds.load_image(image_id).convert("L"), dtype=np.float64) / 255
+        x, y, w, h = candidates[XYWH].to_numpy()[rows].T
+        sides = np.floor([y, x]).astype(int), np.ceil([y + h, x + w]).astype(int)
+        contrast[rows] = [grey[top:bottom, left:right].std() for (top, left), (bottom, right)
+                          in zip(sides[0].T, sides[1].T, strict=True)]  # fmt: skip
+    return contrast
