@@ -1,11 +1,10 @@
 """Visual prompts: what CLIP is shown of a region.
 
-A visual prompt is a function `(image, boxes, masks) -> views` on the device of the image: `image` [3, H, W] uint8,
-`boxes` [N, 4] xywh in pixels, `masks` [N, H, W] bool or None, and one view a region, uint8, each of any size. Boxes stay
-on the CPU, whatever the image's device: to read a cropping edge back from a GPU would make it wait, once a region.
-`show_regions` squashes the views to the model's square, as ReCLIP does, so that nothing of a long region is cut away by
-a centre crop. The codes P, B2 … D4 are those of FGVP (Yang et al., NeurIPS 2023): P crop, B box, C circle, D mask; and
-1 line, 2 colour inside, 3 grey outside, 4 blur outside.
+A visual prompt is a function `(image, boxes, masks) -> views` on the device of the image: `image` [3, H, W] uint8, `boxes`
+[N, 4] xywh in pixels, `masks` [N, H, W] bool or None, and one view a region, uint8, each of any size. Boxes stay on the
+CPU: to read a cropping edge back from a GPU would make it wait once a region. `show_regions` squashes the views to the
+model's square, as ReCLIP does, so that a centre crop takes nothing of a long region away. The codes P, B2 … D4 are those
+of FGVP (Yang et al., NeurIPS 2023): P crop, B box, C circle, D mask; 1 line, 2 colour inside, 3 grey outside, 4 blur outside.
 
 >>> image = torch.randint(0, 255, (3, 48, 64), dtype=torch.uint8)
 >>> show_regions(image, torch.tensor([[4.0, 4.0, 20.0, 30.0]]), ("crop", "circle"), size=32).shape
@@ -19,42 +18,36 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-VisualPrompt = Callable[[Tensor, Tensor, Tensor | None], Tensor | list[Tensor]]
+VisualPrompt = Callable[..., Tensor | list[Tensor]]
+Size = int | tuple[int, int]  # a square's side, or height and width
 RED = (255, 0, 0)
 CLIP_MEAN = (123, 117, 104)  # the pixel that CLIP's normalization makes 0: nothing to see
-LINE = 2 / 384  # thickness of circle and contour, as a share of the image's shorter side
+LINE = 2 / 384  # thickness of circle and contour, as a share of the image's shorter side, as in FGVP's rerun
+AT_ONCE = 2**27  # bytes of an image's views that exist at a time, before they are squashed
 
 
 def pixel_edges(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Return [N, 4] integers left, top, right, bottom of xywh boxes.
-
-    They are rounded as PIL rounds, inside the image, and at least one pixel apart.
-    """
+    """Return left, top, right, bottom [N, 4] of xywh boxes in whole pixels, rounded as PIL does, inside, never empty."""
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).round().long()
     limit = torch.tensor([width, height], device=boxes.device)
     start = torch.minimum(corners[:, :2].clamp(min=0), limit - 1)
     return torch.cat([start, torch.minimum(torch.maximum(corners[:, 2:], start + 1), limit)], 1)
 
 
-def gaussian_blur(image: Tensor, sigma: float, exact: bool = False) -> Tensor:
+def gaussian_blur(image: Tensor, sigma: float = 100.0) -> Tensor:
     """Blur [3, H, W] uint8 with standard deviation `sigma` in pixels, as PIL does and hence ReCLIP.
 
-    PIL takes three box blurs for a Gaussian, and each repeats the edge pixel that it finds. A wide blur has no fine detail,
-    so this one is worked out at some points only, six to a σ, and interpolated: two small matrix products. From PIL it
-    differs by 0.1 grey levels on average and 1 at most (a test, σ = 100 px). `exact` takes PIL itself, on the CPU.
+    PIL takes three box blurs for a Gaussian, and each repeats the edge pixel that it finds. A wide blur has no fine
+    detail: it is worked out at six points to a σ and interpolated, within 1 grey level of PIL at σ = 100.
 
-    >>> gaussian_blur(torch.full((3, 8, 8), 7, dtype=torch.uint8), sigma=100.0).unique()
+    >>> gaussian_blur(torch.full((3, 8, 8), 7, dtype=torch.uint8)).unique()
     tensor([7], dtype=torch.uint8)
     """
-    if exact:
-        blurred = transforms.to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma))
-        return transforms.pil_to_tensor(blurred).to(image.device)
     height, width = image.shape[-2:]
     down, across = (_blur_matrix(length, sigma, image.device) for length in (height, width))
     small = down @ (image.float() @ across.T)
@@ -76,10 +69,7 @@ def _blur_matrix(length: int, sigma: float, device: torch.device) -> Tensor:
 
 
 def _box_matrix(centres: Tensor, length: int, box: float) -> Tensor:
-    """Return the mean of a line over a box, as long as that many pixels, around each centre [n]: [n, length] float32.
-
-    Beyond its ends the line goes on as it ends.
-    """
+    """Return the mean over a box of that many pixels around each centre [n]: [n, length]; a line goes on as it ends."""
     beyond = math.ceil(box / 2)
     distance = (torch.arange(-beyond, length + beyond) - centres[:, None]).abs()
     weights = ((box + 1) / 2 - distance).clamp(0, 1)
@@ -93,18 +83,15 @@ def _box_matrix(centres: Tensor, length: int, box: float) -> Tensor:
 def box_masks(boxes: Tensor, image: Tensor) -> Tensor:
     """Return the pixels of an image [3, H, W] inside of boxes [N, 4] (xywh): [N, H, W] bool on the image's device."""
     height, width = image.shape[-2:]
-    edges = _on(image.device, pixel_edges(boxes, height, width))[:, :, None, None]
+    edges = _send(pixel_edges(boxes, height, width), image)[:, :, None, None]
     y, x = torch.arange(height, device=image.device)[:, None], torch.arange(width, device=image.device)[None]
     return (x >= edges[:, 0]) & (x < edges[:, 2]) & (y >= edges[:, 1]) & (y < edges[:, 3])
 
 
 def ellipse_masks(boxes: Tensor, image: Tensor, grow: float = 0.0) -> Tensor:
-    """Return the pixels of an image [3, H, W] inside of ellipses: [N, H, W] bool on the image's device.
-
-    They touch the four sides of boxes [N, 4] (xywh); `grow` pixels are added to each radius.
-    """
+    """Return the pixels inside of ellipses that touch the sides of boxes, radii longer by `grow` pixels: [N, H, W] bool."""
     height, width = image.shape[-2:]
-    edges = _on(image.device, pixel_edges(boxes, height, width).float())
+    edges = _send(pixel_edges(boxes, height, width).float(), image)
     left, top, right, bottom = edges[:, :, None, None].unbind(1)
     a, b = ((right - left) / 2 + grow).clamp(min=0), ((bottom - top) / 2 + grow).clamp(min=0)
     x = torch.arange(width, device=image.device)[None] + 0.5 - (left + right) / 2
@@ -113,91 +100,65 @@ def ellipse_masks(boxes: Tensor, image: Tensor, grow: float = 0.0) -> Tensor:
 
 
 def crop(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> list[Tensor]:
-    """P: show the region alone, the box cut out (ReCLIP, Subramanian et al. 2022)."""
+    """P: the box cut out (ReCLIP, Subramanian et al. 2022)."""
     edges = pixel_edges(boxes, *image.shape[-2:]).tolist()
     return [image[:, top:bottom, left:right] for left, top, right, bottom in edges]
 
 
-def shade(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
-          colour: Sequence[int] = (240, 0, 30), alpha: float = 127 / 255) -> Tensor:  # fmt: skip
-    """B2: show the whole image with a translucent colour over the box (CPT, Yao et al. 2021).
-
-    Colour and transparency are those of "CPT-adapted" in ReCLIP's code, where the text is "{} is in red color." (the
-    `template` of `refer_logits`).
-    """
-    tinted = image + alpha * (_pixel(colour, image) - image.float())
+def shade(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
+    """B2: a translucent red over the box (CPT, Yao et al. 2021), as in ReCLIP's code: its text is "{} is in red color."."""
+    tinted = image + 127 / 255 * (_pixel((240, 0, 30), image) - image.float())
     return torch.where(box_masks(boxes, image)[:, None], tinted.round().byte(), image)
 
 
-def blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
-         sigma: float = 100.0, exact: bool = False) -> Tensor:  # fmt: skip
-    """B4: show the whole image, blurred with σ = 100 pixels outside the box (ReCLIP, Subramanian et al. 2022)."""
-    return torch.where(box_masks(boxes, image)[:, None], image, gaussian_blur(image, sigma, exact))
+def blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
+    """B4: blurred with σ = 100 pixels outside the box (ReCLIP, Subramanian et al. 2022)."""
+    return torch.where(box_masks(boxes, image)[:, None], image, gaussian_blur(image))
 
 
-def circle(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
-           colour: Sequence[int] = RED, thickness: float = LINE) -> Tensor:  # fmt: skip
-    """C1: show the whole image with a red ellipse around the region (Red Circle, Shtedritski et al. 2023).
-
-    `thickness` is a share of the image's shorter side, and at least one pixel. The paper's own value is not known to
-    us: 2 pixels where the shorter side has 384, and an ellipse that touches the box's sides, are those of FGVP's rerun.
-    """
+def circle(image: Tensor, boxes: Tensor, masks: Tensor | None = None, thickness: float = LINE) -> Tensor:
+    """C1: a red ellipse around the region (Red Circle, Shtedritski et al. 2023); `thickness` is at least one pixel."""
     line = max(1.0, thickness * min(image.shape[-2:]))
     outer, inner = (ellipse_masks(boxes, image, grow) for grow in (line / 2, -line / 2))
-    return torch.where((outer & ~inner)[:, None], _pixel(colour, image), image)
+    return torch.where((outer & ~inner)[:, None], _pixel(RED, image), image)
 
 
 def circle_gray(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
-    """C3: show the whole image, grey outside the ellipse that touches the sides of the box; no line, as in FGVP."""
+    """C3: grey outside the ellipse that touches the sides of the box; no line, as in FGVP."""
     return torch.where(ellipse_masks(boxes, image)[:, None], image, transforms.rgb_to_grayscale(image, 3))
 
 
-def circle_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
-                sigma: float = 100.0, exact: bool = False) -> Tensor:  # fmt: skip
-    """C4: show the whole image, blurred with σ = 100 pixels outside that ellipse; no line, as in FGVP."""
-    return torch.where(ellipse_masks(boxes, image)[:, None], image, gaussian_blur(image, sigma, exact))
+def circle_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
+    """C4: blurred with σ = 100 pixels outside that ellipse; no line, as in FGVP."""
+    return torch.where(ellipse_masks(boxes, image)[:, None], image, gaussian_blur(image))
 
 
-def mask_contour(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
-                 colour: Sequence[int] = RED, thickness: float = LINE) -> Tensor:  # fmt: skip
-    """D1: show the whole image with a red line along the mask's edge (FGVP).
-
-    `thickness` is as of `circle`, but in steps of two pixels: as much inside as outside. Raises ValueError where masks are
-    missing or do not fit.
-    """
-    inside = _needed(masks, image, "mask_contour").float()
+def mask_contour(image: Tensor, boxes: Tensor, masks: Tensor, thickness: float = LINE) -> Tensor:
+    """D1: a red line along the mask's edge (FGVP), as thick inside as outside."""
+    inside = masks.float()
     reach = max(1, round(thickness * min(image.shape[-2:]) / 2))
     outside = functional.pad(1 - inside, [reach] * 4, value=1.0)  # a line where the image ends too
     eroded = functional.max_pool2d(outside, 2 * reach + 1, stride=1) == 0
     dilated = functional.max_pool2d(inside, 2 * reach + 1, stride=1, padding=reach) > 0
-    return torch.where((dilated & ~eroded)[:, None], _pixel(colour, image), image)
+    return torch.where((dilated & ~eroded)[:, None], _pixel(RED, image), image)
 
 
-def mask_gray(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
-    """D3: show the whole image, grey outside the mask (FGVP). Raises ValueError where masks are missing or do not fit."""
-    return torch.where(_needed(masks, image, "mask_gray")[:, None], image, transforms.rgb_to_grayscale(image, 3))
+def mask_gray(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
+    """D3: grey outside the mask (FGVP)."""
+    return torch.where(masks[:, None], image, transforms.rgb_to_grayscale(image, 3))
 
 
-def mask_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
-              sigma: float = 100.0, exact: bool = False) -> Tensor:  # fmt: skip
-    """D4, "blur reverse mask": show the whole image, blurred with σ = 100 pixels outside the mask (FGVP).
-
-    Raises ValueError where masks are missing or do not fit.
-    """
-    return torch.where(_needed(masks, image, "mask_blur")[:, None], image, gaussian_blur(image, sigma, exact))
+def mask_blur(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
+    """D4, "blur reverse mask": blurred with σ = 100 pixels outside the mask (FGVP)."""
+    return torch.where(masks[:, None], image, gaussian_blur(image))
 
 
-def mask_crop(image: Tensor, boxes: Tensor, masks: Tensor | None = None,
-              fill: Sequence[int] = CLIP_MEAN) -> list[Tensor]:  # fmt: skip
-    """Show the region alone: the box cut out, CLIP's mean pixel outside the mask (Global-Local CLIP, Yu et al. 2023).
-
-    Their code fills with ImageNet's mean, (124, 116, 104): one grey level from CLIP's. Raises ValueError where masks are missing
-    or do not fit.
-    """
-    masks = _needed(masks, image, "mask_crop")
+def mask_crop(image: Tensor, boxes: Tensor, masks: Tensor) -> list[Tensor]:
+    """The box cut out, CLIP's mean pixel outside the mask (Global-Local CLIP, Yu et al. 2023; theirs is (124, 116, 104))."""
     edges = pixel_edges(boxes, *image.shape[-2:]).tolist()
     parts = [(..., slice(top, bottom), slice(left, right)) for left, top, right, bottom in edges]
-    return [torch.where(mask[part], image[part], _pixel(fill, image)) for mask, part in zip(masks, parts, strict=True)]
+    fill = _pixel(CLIP_MEAN, image)
+    return [torch.where(mask[part], image[part], fill) for mask, part in zip(masks, parts, strict=True)]
 
 
 VISUAL_PROMPTS: dict[str, VisualPrompt] = {
@@ -207,29 +168,15 @@ VISUAL_PROMPTS: dict[str, VisualPrompt] = {
     "global_local": mask_crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
 }  # fmt: skip
 MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop", "global_local"})
-BLUR_PROMPTS = frozenset({"blur", "circle_blur", "mask_blur"})
 
 
-def _on(device: torch.device | str, tensor: Tensor) -> Tensor:
-    """Send something small to the device without waiting for what is under way there."""
-    return tensor.to(device, non_blocking=True)
+def _send(tensor: Tensor, image: Tensor) -> Tensor:
+    """Send something small to the image's device without waiting for what is under way there."""
+    return tensor.to(image.device, non_blocking=True)
 
 
 def _pixel(colour: Sequence[int], image: Tensor) -> Tensor:
-    return _on(image.device, torch.tensor(colour, dtype=torch.uint8)).view(3, 1, 1)
-
-
-def _needed(masks: Tensor | None, image: Tensor, name: str) -> Tensor:
-    """Return the masks. Raises ValueError when there are none, or of another size than the image."""
-    size = list(image.shape[1:])
-    if masks is None:
-        for_boxes = ", ".join(name for name in VISUAL_PROMPTS if name not in MASK_PROMPTS)
-        raise ValueError(f"The visual prompt {name!r} needs masks: pass masks, [N, {size[0]}, {size[1]}] bool, "
-                         f"or choose one that needs boxes only: {for_boxes}.")  # fmt: skip
-    if masks.dtype != torch.bool or list(masks.shape[1:]) != size:
-        raise ValueError(f"The visual prompt {name!r} needs masks [N, {size[0]}, {size[1]}] of bool, as large as the "
-                         f"image; these are {list(masks.shape)} of {masks.dtype}.")  # fmt: skip
-    return masks
+    return _send(torch.tensor(colour, dtype=torch.uint8), image).view(3, 1, 1)
 
 
 def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
@@ -242,48 +189,37 @@ def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
     return coverage >= coverage.amax(1, keepdim=True) / 2
 
 
-def squash(images: Tensor, size: int | tuple[int, int], exact: bool = False) -> Tensor:
-    """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased bicubic, whatever the aspect ratio.
-
-    `exact` takes PIL instead, for [3, H, W] on the CPU.
+def squash(images: Tensor, size: Size, interpolation: str = "bicubic") -> Tensor:
+    """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased, whatever the aspect ratio.
 
     >>> squash(torch.zeros(3, 20, 40, dtype=torch.uint8), 8).shape
     torch.Size([3, 8, 8])
     """
     shape = [size, size] if isinstance(size, int) else list(size)
-    if exact:
-        small = transforms.to_pil_image(images).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
-        return transforms.pil_to_tensor(small)
-    return transforms.resize(images, shape, InterpolationMode.BICUBIC, antialias=True)
+    return transforms.resize(images, shape, InterpolationMode(interpolation), antialias=True)
 
 
-def bicubic_weights(lengths: Tensor, size: int, longest: int) -> Tensor:
+def resampling_weights(lengths: Tensor, size: int, longest: int, interpolation: str = "bicubic") -> Tensor:
     """Return the matrices that resample lines of `lengths` [N] pixels to `size`: [N, size, longest] float32.
 
-    Antialiased bicubic as PIL and torchvision have it: Keys' kernel (1981, a = -0.5), as wide as an output pixel when
-    that is larger than an input pixel. Columns from a line's length on are 0.
-
-    >>> bicubic_weights(torch.tensor([2, 3]), size=2, longest=3)[0]
-    tensor([[1., 0., 0.],
-            [0., 1., 0.]])
+    Antialiased as PIL and torchvision have it: a triangle, or Keys' kernel (1981, a = -0.5), as wide as an output pixel
+    when that is larger than an input pixel. Columns from a line's length on are 0.
     """
     scale = (lengths / size)[:, None, None]
     here = torch.arange(longest, device=lengths.device) + 0.5
     centre = (torch.arange(size, device=lengths.device)[:, None] + 0.5) * scale
     x = ((here - centre) / scale.clamp(min=1)).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * (here < lengths[:, None, None])
+    keys, triangle = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)), (1 - x).clamp(min=0)
+    weights = (triangle if interpolation == "bilinear" else keys) * (here < lengths[:, None, None])
     return weights / weights.sum(-1, keepdim=True)
 
 
-def squash_together(views: Tensor | list[Tensor], size: int | tuple[int, int]) -> Tensor:
+def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str = "bicubic") -> Tensor:
     """Do what `squash` does to views [3, h, w] of any sizes, all in two matrix products: [N, 3, size, size] uint8.
 
-    A GPU would spend more time on starting a resize for each crop than on encoding it. A CPU has no such cost, and skips
-    the zeros of these matrices: there `squash` is faster (a test holds the two to one grey level).
-
-    >>> squash_together([torch.zeros(3, 20, 40, dtype=torch.uint8), torch.zeros(3, 5, 5, dtype=torch.uint8)], 8).shape
-    torch.Size([2, 3, 8, 8])
+    A GPU would spend more time on starting a resize for each crop than on encoding it. A CPU has no such cost, and
+    skips the zeros of these matrices: there `squash` is faster.
     """
     shape = (size, size) if isinstance(size, int) else size
     if isinstance(views, Tensor):
@@ -294,40 +230,46 @@ def squash_together(views: Tensor | list[Tensor], size: int | tuple[int, int]) -
         for place, view in zip(padded, views, strict=True):
             place[:, : view.shape[1], : view.shape[2]] = view
     rows, columns = (
-        bicubic_weights(_on(padded.device, sizes[:, axis]), shape[axis], padded.shape[2 + axis])[:, None]
+        resampling_weights(_send(sizes[:, axis], padded), shape[axis], padded.shape[2 + axis], interpolation)[:, None]
         for axis in (0, 1)
     )
     across = (padded @ columns.mT).round_().clamp_(0, 255)  # PIL too holds whole grey levels between the two passes
     return (rows @ across).round_().clamp_(0, 255).byte()
 
 
-AT_ONCE = 2**27  # bytes of an image's views that exist at a time, before they are squashed
-
-
-def show_regions(image: Tensor, boxes: Tensor, visual_prompts: Sequence[str], size: int | tuple[int, int],
-                 masks: Tensor | None = None, exact: bool = False) -> Tensor:  # fmt: skip
-    """Return the views of N regions of one image under P visual prompts: [P, N, 3, size, size] uint8.
+def show_regions(image: Tensor, boxes: Tensor, visual_prompts: Sequence[str], size: Size, masks: Tensor | None = None,
+                 interpolation: str = "bicubic") -> Tensor:  # fmt: skip
+    """Return the views of N regions of one image under V visual prompts: [V, N, 3, size, size] uint8.
 
     `image` [3, H, W] uint8 on any device, `boxes` [N, 4] xywh in pixels on the CPU, `masks` [N, H, W] bool on the image's
-    device for the prompts of MASK_PROMPTS. `exact` blurs and resizes with PIL, one view at a time on the CPU: the yardstick.
-    Raises ValueError for an unknown visual prompt, and for one that needs masks and gets none.
+    device for the prompts of MASK_PROMPTS. Raises ValueError for an unknown visual prompt, and for masks that are needed
+    and missing or do not fit.
     """
-    unknown = [name for name in visual_prompts if name not in VISUAL_PROMPTS]
-    if unknown or not visual_prompts:
-        raise ValueError(f"Unknown visual prompt {unknown}; there are: {', '.join(VISUAL_PROMPTS)}.")
-    at_once = max(1, AT_ONCE // image.numel())
-    if len(boxes) > at_once:  # a thousand regions of a large picture would not fit in memory
-        parts = zip(
-            boxes.split(at_once), masks.split(at_once) if masks is not None else [None] * len(boxes), strict=False
-        )
-        return torch.cat([show_regions(image, of, visual_prompts, size, mask, exact) for of, mask in parts], 1)
+    check_prompts(visual_prompts)
+    wanted = [len(boxes), *image.shape[1:]]
+    if MASK_PROMPTS.intersection(visual_prompts) and (masks is None or list(masks.shape) != wanted):
+        found = "none" if masks is None else list(masks.shape)
+        raise ValueError(f"The visual prompts {list(visual_prompts)} need masks {wanted} of bool, and got {found}.")
     shown = []
     for name in visual_prompts:
-        views = VISUAL_PROMPTS[name](image, boxes, masks, **({"exact": True} if exact and name in BLUR_PROMPTS else {}))
-        if image.device.type != "cpu" and not exact:
-            shown.append(squash_together(views, size))
-        elif isinstance(views, Tensor) and not exact:
-            shown.append(squash(views, size))
-        else:
-            shown.append(torch.stack([squash(view, size, exact) for view in views]))
+        views = []
+        for part in torch.arange(len(boxes)).split(max(1, AT_ONCE // image.numel())):
+            here = slice(int(part[0]), int(part[-1]) + 1)
+            made = VISUAL_PROMPTS[name](image, boxes[here], None if masks is None else masks[here])
+            views.append(_squash_all(made, size, interpolation))
+        shown.append(torch.cat(views))
     return torch.stack(shown)
+
+
+def _squash_all(views: Tensor | list[Tensor], size: Size, interpolation: str) -> Tensor:
+    if views[0].device.type != "cpu":
+        return squash_together(views, size, interpolation)
+    if isinstance(views, Tensor):
+        return squash(views, size, interpolation)
+    return torch.stack([squash(view, size, interpolation) for view in views])
+
+
+def check_prompts(names: Sequence[str]) -> None:
+    """Raise ValueError for a visual prompt that is not in VISUAL_PROMPTS."""
+    if unknown := [name for name in names if name not in VISUAL_PROMPTS]:
+        raise ValueError(f"Unknown visual prompt {unknown}; there are: {', '.join(VISUAL_PROMPTS)}.")
