@@ -1,7 +1,7 @@
 """One style for all figures: colour-blind-safe, one colour a method everywhere, sized for a paper's columns.
 
-Importing this module sets matplotlib's defaults. Text is text: dollars of an expression are never mathematics
-(`parse_math=True` asks for it). A figure that one notebook needs is a cell of that notebook, made of the helpers here.
+Importing this module sets the defaults of matplotlib and of pandas' HTML. Text is text: dollars in an expression are not
+mathematics (`parse_math=True` asks for it). A figure of one notebook only is a cell of it, made of the helpers here.
 """
 
 from __future__ import annotations
@@ -27,28 +27,36 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from .datasets import XYWH, ReferDataset, write_file
 from .evaluation import pick
-from .regions import Pairs, decode_masks
+from .regions import Pairs, box_iou, decode_masks
 
 SINGLE_COLUMN, DOUBLE_COLUMN = 3.4, 7.0  # inches
 METHOD_LABELS = {
     "clip": "CLIP", "bsap": "BSAP", "bsap_h": "BSAP-H", "bsap_minmax": "BSAP min–max", "bsap_zscore": "BSAP z-score",
-    "bsap_calibrated": "BSAP, weight w*", "subtraction": "Subtraction", "dn": "Distribution norm.", "nnn": "NNN",
-    "csls": "CSLS", "qb_norm": "QB-Norm", "sinkhorn": "Sinkhorn", "db_norm": "DB-Norm", "centring": "Centring",
-    "oracle": "Best candidate",
+    "bsap_calibrated": "BSAP, weight w*", "subtraction": "Subtraction", "dn": "Distribution norm.", "tas": "TAS",
+    "nnn": "NNN", "csls": "CSLS", "qb_norm": "QB-Norm", "qb_norm_dynamic": "QB-Norm, dynamic", "sinkhorn": "Sinkhorn",
+    "db_norm": "DB-Norm", "centred": "Centred features", "oracle": "Best candidate", "chance": "Chance",
 }  # fmt: skip
 # Okabe and Ito's palette, completed from Paul Tol's: told apart with every common kind of colour vision.
 METHOD_COLOURS = {
     "clip": "#D55E00", "bsap": "#0072B2", "bsap_h": "#56B4E9", "bsap_minmax": "#009E73", "bsap_zscore": "#332288",
-    "bsap_calibrated": "#000000", "subtraction": "#E69F00", "dn": "#999933", "nnn": "#CC79A7", "csls": "#AA4499",
-    "qb_norm": "#882255", "sinkhorn": "#661100", "db_norm": "#DDAA33", "centring": "#44AA99", "oracle": "#9A9A9A",
+    "bsap_calibrated": "#000000", "subtraction": "#E69F00", "dn": "#999933", "tas": "#117733", "nnn": "#CC79A7",
+    "csls": "#AA4499", "qb_norm": "#882255", "qb_norm_dynamic": "#CC6677", "sinkhorn": "#661100", "db_norm": "#DDAA33",
+    "centred": "#44AA99", "oracle": "#9A9A9A", "chance": "#9A9A9A",
 }  # fmt: skip
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#999933")  # what is no method
-TRUTH_COLOUR = "#FFFFFF"
-# Tol's high-contrast colours, no method's: an object, a part of one or a loose box around it, bare ground
+TRUTH_COLOUR, BLANK = "#FFFFFF", {"frame_on": False, "xticks": [], "yticks": []}
+# Tol's high-contrast colours, no method's
 KIND_COLOURS = {"object": "#004488", "part or loose box": "#DDAA33", "bare ground": "#BB5566"}
+COLUMN_LABELS = {
+    "n": "expressions", "accuracy": "accuracy, %", "delta_vs_clip": "Δ to CLIP, points", "p_value": "p",
+    "p_holm": "p (Holm)", "oiou": "oIoU, %", "miou": "mIoU, %", "delta_oiou_vs_clip": "Δ oIoU", "visual_prompts": "shown",
+    "delta_miou_vs_clip": "Δ mIoU", "recall_1": "R@1, %", "recall_5": "R@5, %", "recall_10": "R@10, %",
+    "median_rank": "median rank", "aux_bank": "bank", **{f"p{at}": f"P@0.{at // 10}" for at in range(50, 100, 10)},
+}  # fmt: skip
 
 mpl.rcParams.update({
     "font.size": 8, "font.family": "DejaVu Sans", "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 8,
@@ -57,6 +65,7 @@ mpl.rcParams.update({
     "figure.constrained_layout.use": True, "svg.hashsalt": "bsap", "svg.fonttype": "none", "legend.frameon": False,
     "text.parse_math": False,
 })  # fmt: skip
+pd.set_option("display.html.use_mathjax", False, "styler.html.mathjax", False)
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # an emoji is drawn as a box, without a word each
 
 _greys: dict[str, str] = {}  # names that are no method of ours, in order of appearance
@@ -79,8 +88,9 @@ def colour(method: str) -> str:
 def colours(names: Iterable[str]) -> dict[str, str]:
     """Return a colour for each name: its own where methods are among them, else one of `SERIES`."""
     names = list(dict.fromkeys(names))
-    of_methods = any(name in METHOD_COLOURS for name in names)
-    return {name: colour(name) for name in names} if of_methods else dict(zip(names, cycle(SERIES), strict=False))
+    if any(name in METHOD_COLOURS for name in names):
+        return {name: colour(name) for name in names}
+    return dict(zip(names, cycle(SERIES), strict=False))
 
 
 def plain(text: Any, width: int = 0, lines: int = 2) -> str:
@@ -90,24 +100,48 @@ def plain(text: Any, width: int = 0, lines: int = 2) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) if width else text
 
 
+def show_table(frame: pd.DataFrame, digits: int = 1) -> pd.io.formats.style.Styler:
+    """Return a table for readers: labelled, intervals in brackets after their number, "–" where a number is missing.
+
+    The bounds of `accuracy` are ci_low and ci_high, those of other columns NAME_low and NAME_high, as in our tables.
+    """
+    shown = pd.DataFrame(index=frame.index.map(lambda name: label(name) if isinstance(name, str) else name))
+    for name in frame.columns:
+        stem = {"accuracy": "ci", "delta_vs_clip": "delta_ci", "median_rank": "median"}.get(name, name)
+        low, high = (f"{stem.removesuffix('_vs_clip')}_{side}" for side in ("low", "high"))
+        columns = [frame[column] for column in (name, low, high) if column in frame]
+        lines = [
+            [_written(value, 4 if name.startswith("p_") else digits) for value in line]
+            for line in zip(*columns, strict=True)
+        ]
+        if not name.endswith(("_low", "_high")):
+            texts = [line[0] if len(line) == 1 else f"{line[0]} [{line[1]}, {line[2]}]" for line in lines]
+            shown[COLUMN_LABELS.get(name, name.replace("_", " "))] = texts
+    return shown.style.format(escape="html").format_index(escape="html")
+
+
+def _written(value: Any, digits: int, sign: str = "") -> str:
+    """A cell in words: a number in so many digits, a method's label, a dash where nothing is known."""
+    number = isinstance(value, float)
+    return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−") if number else label(str(value))
+
+
 def save(figure: Figure, stem: Path | str, caption: str) -> None:
-    """Write `figure` to `stem`.png, in few colours, and to `stem`.svg where no picture is in it; same figure, same bytes.
+    """Write `figure` to `stem`.png, in few colours, and to `stem`.svg if no picture is in it; same figure, same bytes.
 
     The caption stands in both files' metadata as Description. Raises DatasetError where a file cannot be written.
     """
-    stem, caption, png, few, svg = Path(stem), plain(caption), io.BytesIO(), io.BytesIO(), io.BytesIO()
+    drawn, info, caption, meta = io.BytesIO(), PngInfo(), plain(caption), {"Date": None}
     has_pictures = bool(figure.findobj(lambda artist: isinstance(artist, AxesImage | BboxImage)))
-    figure.savefig(png, format="png")
-    drawn, info = Image.open(png), PngInfo()
+    figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB")
+    few = with_palette(picture) if has_pictures else picture.quantize(256, Image.Quantize.MAXCOVERAGE)
     info.add_itxt("Description", caption)
-    few_colours = (
-        with_palette(drawn) if has_pictures else drawn.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    )
-    few_colours.save(few, "PNG", optimize=True, pnginfo=info, dpi=drawn.info["dpi"])
-    write_file(stem.with_name(f"{stem.name}.png"), few.getvalue())
+    options = {"optimize": True, "pnginfo": info, "dpi": picture.info["dpi"]}
+    write_file(Path(f"{stem}.png"), lambda path: few.save(path, "PNG", **options))
     if not has_pictures:
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Description": caption})
-        write_file(stem.with_name(f"{stem.name}.svg"), svg.getvalue())
+        meta["Description"] = caption
+        write_file(Path(f"{stem}.svg"), lambda path: figure.savefig(path, format="svg", metadata=meta))
 
 
 def with_palette(picture: Image.Image, most: int = 128) -> Image.Image:
@@ -123,38 +157,32 @@ def with_palette(picture: Image.Image, most: int = 128) -> Image.Image:
 def intervals(
     table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low", high: str = "ci_high", row: str = "method",
     hue: str | None = None, axis: Axes | None = None, zero: bool = False, marks: Mapping[str, float] | None = None,
-    xlabel: str = "accuracy, %, 95 % interval", title: str = "", digits: int = 1,
+    digits: int = 1, **labels: Any,
 ) -> Figure:  # fmt: skip
-    """Show points with intervals: a line a level of `row`, from the top, and side by side the levels of `hue`.
+    """Show points with intervals: a line a level of `row`, from the top, and one below the other the levels of `hue`.
 
-    `zero` draws the line of no difference and signs the numbers; `marks` are dotted lines, name → value. A number that
-    is missing is a dash. Returns the figure, a new one unless there is an `axis`.
+    `zero` draws the line of no difference and signs the numbers; `marks` are dotted lines, name → value; `labels` (title,
+    xlabel) go to `Axes.set`. A missing number is a dash. Returns the figure, a new one unless there is an `axis`.
     """
-    rows, groups = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[hue])) if hue else [None]
-    place = {level: number for number, level in enumerate(rows)}
-    if axis is None:
-        axis = plt.subplots(figsize=(DOUBLE_COLUMN * 0.72, 0.24 * len(rows) * (1 + len(groups)) / 2 + 0.85))[1]
+    rows, groups = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[hue or row])) if hue else [None]
+    size = (DOUBLE_COLUMN * 0.72, 0.12 * len(rows) * (1 + len(groups)) + 0.85)
+    axis = axis or plt.subplots(figsize=size)[1]
     paint = colours(table[hue or row]) if hue or set(rows) & set(METHOD_COLOURS) else dict.fromkeys(rows, SERIES[0])
-    for name, at in {"": 0.0, **(marks or {})}.items() if zero else (marks or {}).items():
+    for name, at in {**({"": 0.0} if zero else {}), **(marks or {})}.items():
         axis.axvline(at, color="0.35", linewidth=1, linestyle=":" if name else "-", zorder=0)
         axis.annotate(name, (at, 1), (2, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      ha="left", va="top", fontsize=7, color="0.35", rotation=90)  # fmt: skip
-    for number, group in enumerate(groups):
-        shift = 0.7 * ((number + 0.5) / len(groups) - 0.5)
-        for entry in (table if hue is None else table[table[hue] == group]).to_dict("records"):
-            y, tone = place[entry[row]] + shift, paint[entry[hue or row]]
-            missing = pd.isna(entry[value])
-            text = "–" if missing else f"{entry[value]:{'+' if zero else ''}.{digits}f}".replace("-", "−")
-            if not missing:
-                axis.plot([entry[low], entry[high]], [y, y], color=tone, linewidth=1.3, solid_capstyle="butt")
-                axis.plot(entry[value], y, "o", color=tone, markersize=4.5)
-            axis.annotate(text, (1, y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                          va="center", fontsize=7.5, color=tone)  # fmt: skip
+                      va="top", fontsize=7, color="0.35", rotation=90)  # fmt: skip
+    for entry in table.to_dict("records"):
+        y = rows.index(entry[row]) + 0.7 * ((groups.index(entry[hue] if hue else None) + 0.5) / len(groups) - 0.5)
+        tone, text = paint[entry[hue or row]], _written(float(entry[value]), digits, "+" if zero else "")
+        axis.plot([entry[low], entry[high]], [y, y], color=tone, linewidth=1.3, solid_capstyle="butt")
+        axis.plot(entry[value], y, "o", color=tone, markersize=4.5)
+        axis.annotate(text, (1, y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      va="center", fontsize=7.5, color=tone)  # fmt: skip
     axis.set_yticks(range(len(rows)), [label(str(level)) for level in rows])
-    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel)
-    axis.set_title(plain(title))
+    measure = "difference to CLIP, points" if zero else COLUMN_LABELS.get(value, value)
+    axis.set(**{"ylim": (len(rows) - 0.4, -0.6), "xlabel": f"{measure}, 95 % interval", "axisbelow": True} | labels)
     axis.grid(axis="x", color="0.92")
-    axis.set_axisbelow(True)
     if hue:
         _legend(axis, paint, "o")
     return axis.get_figure(root=True)
@@ -162,22 +190,22 @@ def intervals(
 
 def curves(
     table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str | None = None, high: str | None = None,
-    axis: Axes | None = None, log: str = "", marker: str = "o", xlabel: str = "", ylabel: str = "", title: str = "",
+    axis: Axes | None = None, log: str = "", marker: str = "o", **labels: Any,
 ) -> Figure:  # fmt: skip
-    """Show lines with bands from `low` to `high`, a line a level of `hue`; `log` names the logarithmic axes, as "x", "xy".
+    """Show lines with bands from `low` to `high`, a line a level of `hue`; `log` names the logarithmic axes, as "xy".
 
-    An infinite x, as of a temperature, stands apart at the right end. Returns the figure, a new one unless there is an `axis`.
+    An infinite x, as of a temperature, is ∞ at the right end. `labels` (title, xlabel, ylabel) go to `Axes.set`.
+    Returns the figure, a new one unless there is an `axis`.
     """
-    if axis is None:
-        axis = plt.subplots(figsize=(DOUBLE_COLUMN * 0.62, 2.6))[1]
+    axis = axis or plt.subplots(figsize=(DOUBLE_COLUMN * 0.62, 2.6))[1]
     finite = np.unique(table[x][np.isfinite(table[x])].to_numpy(float))
     end = finite[-1] * (finite[-1] / finite[0]) ** 0.12 if "x" in log else finite[-1] + 0.12 * np.ptp(finite)
     paint = colours(table[hue]) if hue else {"": SERIES[0]}
     for name, tone in paint.items():
         part = (table if hue is None else table[table[hue] == name]).sort_values(x)
-        at, last = part[x].clip(upper=end), np.isinf(part[x])
-        axis.plot(at[~last], part[y][~last], marker=marker, markersize=3, color=tone)
-        axis.plot(at[-2:], part[y][-2:], ":" if last.any() else "", marker=marker, markersize=3, color=tone)
+        at, known = part[x].clip(upper=end), np.isfinite(part[x])
+        axis.plot(at[known], part[y][known], marker=marker, markersize=3, color=tone)
+        axis.plot(at[-2:], part[y][-2:], "" if known.all() else ":", marker=marker, markersize=3, color=tone)
         if low and high:
             axis.fill_between(at, part[low], part[high], color=tone, alpha=0.14, linewidth=0)
     for side in log:
@@ -186,18 +214,17 @@ def curves(
         getattr(axis, f"{side}axis").set_minor_formatter("")
     if np.isinf(table[x]).any():
         few = finite if len(finite) <= 9 else finite[np.isclose(np.log10(finite) % 1, [[0], [1]]).any(0)]
-        axis.set_xticks([*few, end], [*(f"{value:,.10g}" for value in few), "∞"])
+        axis.set_xticks([*few, end], [*map(_level, few), "∞"])
         axis.minorticks_off()
     axis.grid(axis="y", color="0.92")
-    axis.set(xlabel=xlabel or x, ylabel=ylabel or y)
-    axis.set_title(plain(title))
+    axis.set(**{"xlabel": x, "ylabel": COLUMN_LABELS.get(y, y)} | labels)
     if hue:
         _legend(axis, paint, marker, "-")
     return axis.get_figure(root=True)
 
 
 def _legend(axis: Axes, paint: Mapping[str, str], marker: str, line: str = "") -> None:
-    """Name the colours above a figure of one panel, or in a panel of several."""
+    """Name the colours: above a figure of one panel, in the panel where there are several."""
     marks = [Line2D([], [], color=tone, marker=marker, markersize=4, linestyle=line) for tone in paint.values()]
     figure, names = axis.get_figure(root=True), [label(str(name)) for name in paint]
     if len(figure.axes) == 1:
@@ -207,54 +234,47 @@ def _legend(axis: Axes, paint: Mapping[str, str], marker: str, line: str = "") -
 
 
 def heat_map(
-    frame: pd.DataFrame, label: str = "accuracy, %", xlabel: str = "temperature T", ylabel: str = "", title: str = "",
-    axis: Axes | None = None, centre: float | None = None, best: bool = False,
+    frame: pd.DataFrame, measure: str = "accuracy, %", axis: Axes | None = None, centre: float | None = None,
+    best: bool = False, **labels: Any,
 ) -> Figure:  # fmt: skip
     """Show a table of numbers as colours, in figures too where they fit; `best` frames the highest of each row.
 
-    Rows from the top as they stand; a column named ∞ stands apart. With `centre` colours diverge from that number. The cell
-    in row i and column j has its middle at (j + 0.5, i + 0.5), for marks that are added.
+    Rows stand from the top; a column named inf is ∞, and apart. With `centre` colours diverge from that number. `labels`
+    go to `Axes.set`. The middle of row i and column j is the point (j + 0.5, i + 0.5), for marks that are added.
     """
-    if axis is None:
-        axis = plt.subplots(figsize=(DOUBLE_COLUMN, min(4.2, 0.3 * len(frame) + 1.1)))[1]
-    reach = None if centre is None else (frame - centre).abs().max().max()
-    span = {} if reach is None else {"vmin": centre - reach, "vmax": centre + reach}
-    sns.heatmap(frame, ax=axis, annot=frame.size <= 80, fmt=".1f", annot_kws={"size": 7}, yticklabels=False,
-                cmap="cividis" if centre is None else "PuOr", xticklabels=False, cbar_kws={"label": label}, **span)  # fmt: skip
-    for names, ticks in ((frame.columns, axis.set_xticks), (frame.index, axis.set_yticks)):
+    axis = axis or plt.subplots(figsize=(DOUBLE_COLUMN, min(4.2, 0.3 * len(frame) + 1.1)))[1]
+    reach = 0.0 if centre is None else float(np.nanmax((frame - centre).abs()))
+    span = {} if centre is None else {"vmin": centre - reach, "vmax": centre + reach}
+    sns.heatmap(frame, ax=axis, annot=frame.size <= 80, fmt=".1f", annot_kws={"size": 7}, cbar_kws={"label": measure},
+                cmap="cividis" if centre is None else "PuOr", xticklabels=False, yticklabels=False, **span)  # fmt: skip
+    for names, set_ticks in ((frame.columns, axis.set_xticks), (frame.index, axis.set_yticks)):
         step = -(-len(names) // 12)
-        shown = sorted({*range(0, len(names) - step // 2 - 1, step), len(names) - 1})
-        ticks([number + 0.5 for number in shown], [_number(names[number]) for number in shown], rotation=0)
-    for number, name in enumerate(frame.columns):
-        if number and isinstance(name, float) and np.isinf(name):
-            axis.axvline(number, color="white", linewidth=3)
-    for number, column in enumerate(frame.to_numpy().argmax(1) if best else ()):
+        shown = sorted({*range(0, len(names) - step // 2, step), len(names) - 1})
+        set_ticks([number + 0.5 for number in shown], [_level(names[number]) for number in shown], rotation=0)
+    if len(frame.columns) > 1 and frame.columns[-1] == np.inf:
+        axis.axvline(len(frame.columns) - 1, color="white", linewidth=3)
+    for number, column in enumerate(frame.fillna(-np.inf).to_numpy().argmax(1) if best else ()):
         axis.add_patch(Rectangle((column + 0.05, number + 0.07), 0.9, 0.86, fill=False, edgecolor="white", linewidth=2))
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.set_title(plain(title))
+    axis.set(**{"xlabel": "temperature T", "ylabel": ""} | labels)
     return axis.get_figure(root=True)
 
 
-def _number(name: Any) -> str:
-    return plain(name) if isinstance(name, str) else "∞" if np.isinf(name) else f"{name:,.3g}"
+def _level(name: Any) -> str:
+    """A tick in words: a name's label, a number in two digits, ∞."""
+    return label(name) if isinstance(name, str) else "∞" if name == np.inf else f"{float(f'{name:.2g}'):,.10g}"
 
 
 def picture_grid(
     pictures: Sequence[Any], captions: Sequence[str], columns: int = 6, titles: Sequence[str] = ()
 ) -> Figure:
     """Show pictures ([H, W, 3] or PIL) in a grid, each over its caption; `titles` name the rows."""
-    rows = -(-len(pictures) // columns)
-    size = DOUBLE_COLUMN / columns
-    lines = max(plain(caption, int(18 * size)).count("\n") + 1 for caption in captions)
-    height = rows * (size + 0.13 * lines + (0.2 if titles else 0.05))
-    figure, axes = plt.subplots(rows, columns, figsize=(DOUBLE_COLUMN, height), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    rows, size = -(-len(pictures) // columns), DOUBLE_COLUMN / columns
+    captions = [plain(line, int(17 * size), 3) for line in captions]
+    height = rows * (size + 0.13 * max(line.count("\n") + 1 for line in captions) + (0.2 if titles else 0.05))
+    figure, axes = plt.subplots(rows, columns, figsize=(DOUBLE_COLUMN, height), squeeze=False, subplot_kw=BLANK)
     for axis, picture, caption in zip(axes.flat, pictures, captions, strict=False):
         axis.imshow(picture)
-        axis.text(
-            0.5, -0.03, plain(caption, int(18 * size)), transform=axis.transAxes, fontsize=7, ha="center", va="top"
-        )
+        axis.text(0.5, -0.03, caption, transform=axis.transAxes, fontsize=7, ha="center", va="top")
     for axis, title in zip(axes[:, 0], titles, strict=False):
         axis.set_title(plain(title), fontsize=8).set_in_layout(False)
     return figure
@@ -262,50 +282,38 @@ def picture_grid(
 
 def outline(
     axis: Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, below: bool = False,
-    avoid: Sequence[Sequence[float]] = (),
+    avoid: Sequence[Sequence[float]] = (), mask: np.ndarray | None = None,
 ) -> None:  # fmt: skip
-    """Draw a box (xywh) on the picture that `axis` shows, its label above it, or `below`, where that is free.
+    """Draw a box (xywh), or a mask [H, W], on the picture that `axis` shows, its label above the box, or `below`.
 
-    The label stays inside the picture, so no caption is covered, and off the boxes in `avoid` and earlier labels if it can.
+    Where there is room, the label stays inside the picture, so that no caption is covered, and off the box itself, the
+    boxes in `avoid` and earlier labels.
     """
-    for width, edge in ((2.4, "black"), (1.3, colour)) if dashed else ((3.4, "white"), (2.0, colour)):
+    for width, edge in ((2.4, "black"), (1.3, colour)) if dashed else ((3.0, "white"), (1.8, colour)):
         line: Any = (0, (3, 2)) if dashed and edge == colour else "-"
-        axis.add_patch(Rectangle(box[:2], box[2], box[3], fill=False, edgecolor=edge, linewidth=width, linestyle=line))
+        if mask is None:
+            axis.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=edge, linewidth=width, linestyle=line))
+        elif mask.any() and not mask.all():
+            axis.contour(mask, [0.5], colors=[edge], linewidths=width, linestyles=[line])
     if label:
-        place_label(axis, label, box, colour, below, avoid)
+        x, y, w, h = spot = _free_spot(axis, len(label), box, below, avoid)
+        text = axis.text(x + w / 2, y + h / 2, plain(label), ha="center", va="center", fontsize=6.5, color="white",
+                         bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
+        text.spot = spot  # type: ignore[attr-defined]
 
 
-def place_label(
-    axis: Axes, text: str, box: Sequence[float], colour: str, below: bool = False, avoid: Sequence[Sequence[float]] = ()
-) -> None:
-    """Write `text` on a patch of `colour` beside a box (xywh), as `outline` says."""
-    (left, right), (bottom, top) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
-    window = axis.get_window_extent()
-    unit = (right - left) / window.width * axis.figure.dpi / 72  # pixels of the picture a point, before the layout
-    w, h = (0.66 * 6.5 * len(text) + 5) * unit, 11 * unit
-    x, y, width, height = box
-    outside = {False: [y - h, y + height], True: [y + height, y - h]}[below]
-    inside = {False: [y, y + height - h], True: [y + height - h, y]}[below]
-    spots = [(at, level) for level in (*outside, *inside) for at in (x, x + width - w)]
-    spots += [(at, level) for level in (y, y + height - h) for at in (x + width, x - w)]
-    spots = [(float(np.clip(a, left, right - w)), float(np.clip(b, bottom, top - h))) for a, b in spots]
-    taken = getattr(axis, "label_boxes", [])
-    costs = [
-        3 * sum(_shared((*spot, w, h), other) for other in taken)
-        + sum(_shared((*spot, w, h), other) for other in (*avoid, box))
-        + 1e-3 * number * w * h
-        for number, spot in enumerate(spots)
-    ]
-    at = spots[int(np.argmin(costs))]
-    axis.label_boxes = [*taken, (*at, w, h)]  # type: ignore[attr-defined]
-    axis.text(at[0] + w / 2, at[1] + h / 2, text, ha="center", va="center", fontsize=6.5, color="white",
-              bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
-
-
-def _shared(one: Sequence[float], other: Sequence[float]) -> float:
-    """The area that two boxes (xywh) share."""
-    sides = [min(one[i] + one[i + 2], other[i] + other[i + 2]) - max(one[i], other[i]) for i in (0, 1)]
-    return max(sides[0], 0) * max(sides[1], 0)
+def _free_spot(axis: Axes, letters: int, box: Sequence[float], below: bool, avoid: Sequence) -> tuple[float, ...]:
+    """The place (xywh) of a label at a box that covers least of what should stay free."""
+    (left, right), (low, high) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
+    point = (right - left) / axis.get_window_extent().width * axis.figure.dpi / 72  # in pixels of the picture
+    w, h, (x, y, width, height) = (4.3 * letters + 5) * point, 11 * point, box
+    levels = [y - h, y + height, y, y + height - h]  # above, under, inside at the top and at the bottom
+    order = (1, 0, 3, 2) if below else (0, 1, 2, 3)
+    spots = [(at, levels[number]) for number in order for at in (x, x + width - w)]
+    spots += [(at, level) for level in levels[2:] for at in (x + width, x - w)]
+    inside = [(max(min(a, right - w), left), max(min(b, high - h), low), w, h) for a, b in spots]
+    taken = [*avoid, box, *(text.spot for text in axis.texts if hasattr(text, "spot"))]
+    return inside[int(box_iou(np.array(inside)[:, None], np.array(taken)).sum(1).argmin())]
 
 
 def thumbnail(ds: ReferDataset, candidates: pd.DataFrame, row: int, side: int = 96) -> Image.Image:
@@ -316,7 +324,7 @@ def thumbnail(ds: ReferDataset, candidates: pd.DataFrame, row: int, side: int = 
 
 
 def scene_panel(
-    ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, scores: Mapping[str, Any], rows: Sequence[int],
+    ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, scores: Mapping[str, Tensor], rows: Sequence[int],
     method: str = "bsap", columns: int = 3,
 ) -> Figure:  # fmt: skip
     """Show expressions (row numbers) with the target in white dashes and the picks of the first of `scores` and `method`.
@@ -324,94 +332,80 @@ def scene_panel(
     Masks where `pairs` were made with masks, else boxes. Under each picture stand the picks' IoU with the target.
     """
     picks = {name: pick(pairs, scores[name]) for name in dict.fromkeys([next(iter(scores)), method])}
-    height = -(-len(rows) // columns) * DOUBLE_COLUMN / columns * 0.95
-    axes = plt.subplots(-(-len(rows) // columns), columns, figsize=(DOUBLE_COLUMN, height), squeeze=False)[1]
-    for axis in axes.flat:
-        axis.axis("off")
+    lines, shape = -(-len(rows) // columns), (DOUBLE_COLUMN, -(-len(rows) // columns) * 6.65 / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=shape, squeeze=False, subplot_kw=BLANK)
     for axis, expression in zip(axes.flat, map(int, rows), strict=False):
-        asked = ds.expressions.iloc[expression]
-        target, chosen = ds.annotations.loc[asked["ann_id"]], {name: int(of[expression]) for name, of in picks.items()}
-        image = ds.load_image(asked["image_id"])
-        regions = [target, *(candidates.loc[int(pairs.candidate[pair])] for pair in chosen.values())]
-        tones, names = [TRUTH_COLOUR, *map(colour, chosen)], ["", *map(label, chosen)]
-        boxes = [region[XYWH].tolist() for region in regions]
-        if pairs.intersection is None:
-            axis.imshow(image)
-            for number, (box, tone, name) in enumerate(zip(boxes, tones, names, strict=True)):
-                outline(axis, box, tone, name, dashed=not number, below=number == 2, avoid=boxes[:1])
-        else:
-            masks = decode_masks([region["segmentation"] for region in regions], image.height, image.width)
-            axis.imshow(_tinted(image, masks[1:], tones[1:]))
-            for mask, tone, style in zip(masks[[1, 2, 0, 0]], [*tones[1:], "black", tones[0]], "--- ", strict=True):
-                if mask.any() and not mask.all():
-                    axis.contour(
-                        mask, [0.5], colors=[tone], linewidths=1.4, linestyles=[(0, (3, 2)) if style == " " else "-"]
-                    )
-            for box, tone, name in list(zip(boxes, tones, names, strict=True))[1:]:
-                place_label(axis, name, box, tone, below=tone != tones[1], avoid=boxes[:1])
-        axis.set_title(plain(f"“{asked['text']}”", 36), fontsize=8)
-        known = ", ".join(f"{label(name)} {float(pairs.iou[pair]):.2f}" for name, pair in chosen.items())
-        axis.text(0.5, -0.02, f"IoU: {known}", transform=axis.transAxes, ha="center", va="top", fontsize=7, color="0.3")
-    return axes.flat[0].figure
+        chosen = {name: int(best[expression]) for name, best in picks.items()}
+        _draw_scene(axis, ds, candidates, pairs, expression, chosen)
+    return figure
 
 
-def _tinted(image: Image.Image, masks: np.ndarray, tones: Sequence[str]) -> np.ndarray:
-    """Return a picture, pale but for its masks [N, H, W], each of which is tinted with its colour."""
-    grey, pixels = np.asarray(image.convert("L"))[..., None] / 255, np.asarray(image) / 255
-    shown = np.where(masks.any(0)[..., None], pixels, 0.3 + 0.45 * grey + 0.25 * pixels)
-    for mask, tone in zip(masks, tones, strict=True):
-        shown = np.where(mask[..., None], 0.5 * shown + 0.5 * np.array(mpl.colors.to_rgb(tone)), shown)
-    return shown
+def _draw_scene(
+    axis: Axes, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, expression: int, chosen: Mapping[str, int]
+) -> None:
+    """Draw an expression's picture with the target and the candidates of the `chosen` rows of `pairs`."""
+    asked = ds.expressions.iloc[expression]
+    image, target = ds.load_image(asked["image_id"]), ds.annotations.loc[asked["ann_id"]]
+    regions = [*(candidates.loc[int(pairs.candidate[pair])] for pair in chosen.values()), target]
+    masks: Any = [None] * len(regions)
+    axis.imshow(image)
+    if pairs.intersection is not None:
+        masks = decode_masks([region["segmentation"] for region in regions], image.height, image.width)
+        tint = np.full((*masks.shape[1:], 4), (0.72, 0.72, 0.72, 0.55))  # pale, but for the masks
+        tint[masks.any(0)] = 0
+        for name, mask in zip(chosen, masks, strict=False):
+            tint[mask] = mpl.colors.to_rgba(colour(name), 0.5)
+        axis.imshow(tint)
+    boxes = [region[XYWH].tolist() for region in regions]
+    for number, name in enumerate(chosen):
+        outline(axis, boxes[number], colour(name), label(name), below=number > 0, avoid=boxes[-1:], mask=masks[number])
+    outline(axis, boxes[-1], TRUTH_COLOUR, dashed=True, mask=masks[-1])
+    axis.set_title(plain(f"“{asked['text']}”", 36), fontsize=8)
+    overlaps = ", ".join(f"{label(name)} {float(pairs.iou[pair]):.2f}" for name, pair in chosen.items())
+    axis.text(0.5, -0.02, f"IoU: {overlaps}", transform=axis.transAxes, ha="center", va="top", fontsize=7, color="0.3")
 
 
 def hero(
-    ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Any, bias: Any, rows: Sequence[int], most: int = 8
+    ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a: Tensor, rows: Sequence[int], most: int = 8
 ) -> Figure:
     """Show why CLIP and BSAP pick differently, a column an expression (row numbers): the picture with both picks, and
-    under it the candidates of the highest logits `s` [P], each with its logit, its `bias` [C] and what lies between.
+    under it the candidates of the highest logits `s` [P], each with its logit, its bias, log Σ exp of `a` [C, M], and
+    what lies between.
     """
+    frame = pairs.frame().assign(s=s.numpy(), bias=a.double().logsumexp(1)[pairs.candidate].numpy())
     figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7))
-    for (above, below), expression in zip(
-        figure.subplots(2, len(rows), height_ratios=(2, 1), squeeze=False).T, rows, strict=True
-    ):
-        asked = ds.expressions.iloc[int(expression)]
-        mine = np.flatnonzero(pairs.expression.numpy() == int(expression))
-        scored = pd.DataFrame({"s": s[mine].numpy(), "bias": bias[pairs.candidate[mine]].numpy(), "iou": pairs.iou[mine].numpy()},
-                              index=pairs.candidate[mine].numpy())  # fmt: skip
+    above, below = figure.subplots(2, len(rows), height_ratios=(2, 1), squeeze=False)
+    for scene, ladder, expression in zip(above, below, map(int, rows), strict=True):
+        scored = frame[frame["expression"] == expression].sort_values("s", ascending=False, kind="stable")
         picks = {"clip": scored["s"].idxmax(), "bsap": (scored["s"] - scored["bias"]).idxmax()}
-        target = ds.annotations.loc[asked["ann_id"], XYWH].tolist()
-        above.imshow(ds.load_image(asked["image_id"]))
-        above.axis("off")
-        above.set_title(plain(f"“{asked['text']}”", 44), weight="bold")
-        for name, row in picks.items():
-            text = f"{label(name)}: {'right' if scored.loc[row, 'iou'] > 0.5 else 'wrong'}"
-            outline(above, candidates.loc[row, XYWH].tolist(), colour(name), text, avoid=[target])
-        outline(above, target, TRUTH_COLOUR, dashed=True)
-        order = scored["s"].sort_values(ascending=False).index
-        shown = scored.loc[[row for x, row in enumerate(order) if x < most or row == picks["bsap"]]]
-        below.vlines(range(len(shown)), shown["s"], shown["bias"], linewidth=5,
-                     color=[colour("bsap") if row == picks["bsap"] else "0.82" for row in shown.index])  # fmt: skip
-        below.plot(shown["bias"].to_numpy(), "_", color="0.2", markersize=14, markeredgewidth=2)
-        below.plot(shown["s"].to_numpy(), "o", color=colour("clip"), markersize=6)
-        frames = {row: colour(name) for name, row in picks.items()}
-        for x, (row, (logit, level)) in enumerate(zip(shown.index, shown[["s", "bias"]].to_numpy(), strict=True)):
-            crop = OffsetImage(np.asarray(thumbnail(ds, candidates, row, 80)), zoom=0.25)
-            below.add_artist(AnnotationBbox(crop, (x, 0), (0, -15), xycoords=below.get_xaxis_transform(), pad=0.15,
-                                            boxcoords="offset points", annotation_clip=False,
-                                            bboxprops={"edgecolor": frames.get(row, "0.72"), "linewidth": 2}))  # fmt: skip
-            for name, value, down in (("clip", f"{logit:.1f}", -29), ("bsap", f"{logit - level:+.1f}", -39)):
-                won = row == picks[name]
-                below.annotate(value.replace("-", "−"), (x, 0), (0, down), xycoords=below.get_xaxis_transform(),
-                               textcoords="offset points", ha="center", va="top", fontsize=7, annotation_clip=False,
-                               color=colour(name) if won else "0.35", weight="bold" if won else "normal")  # fmt: skip
-        below.set(xticks=[], xlim=(-0.7, len(shown) - 0.3), ylabel="logit")
-    marks = [Line2D([], [], marker="o", linestyle="", color=colour("clip")),
-             Line2D([], [], marker="_", linestyle="", color="0.2", markersize=10, markeredgewidth=2),
-             Line2D([], [], color=colour("bsap"), linewidth=5, solid_capstyle="butt")]  # fmt: skip
-    names = [
-        "logit s: CLIP takes the highest",
-        "bias: its level with the auxiliary prompts",
-        "s − bias: BSAP takes the highest",
-    ]
-    figure.legend(marks, names, loc="outside lower center", ncols=3, handletextpad=0.4, handlelength=1.2)
+        _draw_scene(scene, ds, candidates, pairs, expression, picks)
+        scene.axis("off")
+        shown = scored[(np.arange(len(scored)) < most) | (scored.index == picks["bsap"])]
+        crops = [np.asarray(thumbnail(ds, candidates, row, 80)) for row in shown["candidate"]]
+        places = {name: shown.index.get_loc(pair) for name, pair in picks.items()}
+        _draw_ladder(ladder, shown[["s", "bias"]].to_numpy(), crops, places)
+    figure.legend(*ladder.get_legend_handles_labels(), loc="outside lower center", ncols=3, handletextpad=0.4)
     return figure
+
+
+def _draw_ladder(axis: Axes, levels: np.ndarray, crops: Sequence[np.ndarray], picks: Mapping[str, int]) -> None:
+    """Draw logit and bias (`levels` [N, 2]) of each candidate, its picture and the two numbers below; `picks`: positions."""
+    place: Any = {"xycoords": axis.get_xaxis_transform(), "annotation_clip": False}
+    tones, (s, bias), best = {x: colour(name) for name, x in picks.items()}, levels.T, picks["bsap"]
+    axis.plot(s, "o", color=colour("clip"), markersize=6, label="logit s: CLIP takes the highest")
+    axis.plot(
+        bias, "_", color="0.2", markersize=14, markeredgewidth=2, label="bias: its level with the auxiliary prompts"
+    )
+    axis.vlines(range(len(s)), s, bias, linewidth=5, color="0.82", zorder=1)
+    axis.vlines(
+        best, s[best], bias[best], linewidth=5, color=colour("bsap"), label="s − bias: BSAP takes the highest", zorder=1
+    )
+    for x, (logit, gap, crop) in enumerate(zip(s, s - bias, crops, strict=True)):
+        edge = {"edgecolor": tones.get(x, "0.72"), "linewidth": 2}
+        axis.add_artist(AnnotationBbox(OffsetImage(crop, zoom=0.25), (x, 0), (0, -15), boxcoords="offset points",
+                                       pad=0.15, bboxprops=edge, **place))  # fmt: skip
+        for name, number, down in (("clip", _written(logit, 1), -29), ("bsap", _written(gap, 1, "+"), -39)):
+            tone, weight = (colour(name), "bold") if x == picks[name] else ("0.35", "normal")
+            axis.annotate(number, (x, 0), (0, down), textcoords="offset points", ha="center", va="top", fontsize=7,
+                          color=tone, weight=weight, **place)  # fmt: skip
+    axis.set(xticks=[], xlim=(-0.7, len(levels) - 0.3), ylabel="logit")
