@@ -10,7 +10,6 @@ import io
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,7 @@ METHOD_COLOURS = {
 }  # fmt: skip
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#999933")  # what is no method
 TRUTH_COLOUR, BLANK = "#FFFFFF", {"frame_on": False, "xticks": [], "yticks": []}
-# Tol's high-contrast colours, no method's
-KIND_COLOURS = {"object": "#004488", "part or loose box": "#DDAA33", "bare ground": "#BB5566"}
+KIND_COLOURS = {"object": "#004488", "part or loose box": "#DDAA33", "bare ground": "#BB5566"}  # Tol's high contrast
 COLUMN_LABELS = {
     "n": "expressions", "accuracy": "accuracy, %", "delta_vs_clip": "Δ to CLIP, points", "p_value": "p",
     "p_holm": "p (Holm)", "oiou": "oIoU, %", "miou": "mIoU, %", "delta_oiou_vs_clip": "Δ oIoU", "visual_prompts": "shown",
@@ -88,9 +86,8 @@ def colour(method: str) -> str:
 def colours(names: Iterable[str]) -> dict[str, str]:
     """Return a colour for each name: its own where methods are among them, else one of `SERIES`."""
     names = list(dict.fromkeys(names))
-    if any(name in METHOD_COLOURS for name in names):
-        return {name: colour(name) for name in names}
-    return dict(zip(names, cycle(SERIES), strict=False))
+    of_methods = bool(METHOD_COLOURS.keys() & names)
+    return {name: colour(name) if of_methods else SERIES[i % len(SERIES)] for i, name in enumerate(names)}
 
 
 def plain(text: Any, width: int = 0, lines: int = 2) -> str:
@@ -109,20 +106,19 @@ def show_table(frame: pd.DataFrame, digits: int = 1) -> pd.io.formats.style.Styl
     for name in frame.columns:
         stem = {"accuracy": "ci", "delta_vs_clip": "delta_ci", "median_rank": "median"}.get(name, name)
         low, high = (f"{stem.removesuffix('_vs_clip')}_{side}" for side in ("low", "high"))
-        columns = [frame[column] for column in (name, low, high) if column in frame]
-        lines = [
-            [_written(value, 4 if name.startswith("p_") else digits) for value in line]
-            for line in zip(*columns, strict=True)
-        ]
+        texts = [_written(value, digits + 3 * name.startswith("p_")) for value in frame[name]]
+        if low in frame:
+            bounds = (frame[side].map(lambda value: _written(value, digits)) for side in (low, high))
+            texts = [f"{text} [{left}, {right}]" for text, left, right in zip(texts, *bounds, strict=True)]
         if not name.endswith(("_low", "_high")):
-            texts = [line[0] if len(line) == 1 else f"{line[0]} [{line[1]}, {line[2]}]" for line in lines]
             shown[COLUMN_LABELS.get(name, name.replace("_", " "))] = texts
-    return shown.style.format(escape="html").format_index(escape="html")
+    style = shown.style.format(escape="html").format_index(escape="html")
+    return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style
 
 
 def _written(value: Any, digits: int, sign: str = "") -> str:
     """A cell in words: a number in so many digits, a method's label, a dash where nothing is known."""
-    number = isinstance(value, float)
+    number = isinstance(value, float | np.floating)
     return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−") if number else label(str(value))
 
 
@@ -131,16 +127,15 @@ def save(figure: Figure, stem: Path | str, caption: str) -> None:
 
     The caption stands in both files' metadata as Description. Raises DatasetError where a file cannot be written.
     """
-    drawn, info, caption, meta = io.BytesIO(), PngInfo(), plain(caption), {"Date": None}
+    drawn, info, meta = io.BytesIO(), PngInfo(), {"Date": None, "Description": plain(caption)}
     has_pictures = bool(figure.findobj(lambda artist: isinstance(artist, AxesImage | BboxImage)))
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
-    few = with_palette(picture) if has_pictures else picture.quantize(256, Image.Quantize.MAXCOVERAGE)
-    info.add_itxt("Description", caption)
+    few = with_palette(picture) if has_pictures else picture.quantize(method=Image.Quantize.MAXCOVERAGE)
+    info.add_itxt("Description", plain(caption))
     options = {"optimize": True, "pnginfo": info, "dpi": picture.info["dpi"]}
     write_file(Path(f"{stem}.png"), lambda path: few.save(path, "PNG", **options))
     if not has_pictures:
-        meta["Description"] = caption
         write_file(Path(f"{stem}.svg"), lambda path: figure.savefig(path, format="svg", metadata=meta))
 
 
@@ -165,8 +160,7 @@ def intervals(
     xlabel) go to `Axes.set`. A missing number is a dash. Returns the figure, a new one unless there is an `axis`.
     """
     rows, groups = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[hue or row])) if hue else [None]
-    size = (DOUBLE_COLUMN * 0.72, 0.12 * len(rows) * (1 + len(groups)) + 0.85)
-    axis = axis or plt.subplots(figsize=size)[1]
+    axis = axis or plt.subplots(figsize=(0.72 * DOUBLE_COLUMN, 0.12 * len(rows) * (1 + len(groups)) + 0.85))[1]
     paint = colours(table[hue or row]) if hue or set(rows) & set(METHOD_COLOURS) else dict.fromkeys(rows, SERIES[0])
     for name, at in {**({"": 0.0} if zero else {}), **(marks or {})}.items():
         axis.axvline(at, color="0.35", linewidth=1, linestyle=":" if name else "-", zorder=0)
@@ -185,7 +179,7 @@ def intervals(
     axis.grid(axis="x", color="0.92")
     if hue:
         _legend(axis, paint, "o")
-    return axis.get_figure(root=True)
+    return axis.get_figure(root=True)  # type: ignore[return-value]
 
 
 def curves(
@@ -220,10 +214,10 @@ def curves(
     axis.set(**{"xlabel": x, "ylabel": COLUMN_LABELS.get(y, y)} | labels)
     if hue:
         _legend(axis, paint, marker, "-")
-    return axis.get_figure(root=True)
+    return axis.get_figure(root=True)  # type: ignore[return-value]
 
 
-def _legend(axis: Axes, paint: Mapping[str, str], marker: str, line: str = "") -> None:
+def _legend(axis: Any, paint: Mapping[str, str], marker: str, line: Any = "") -> None:
     """Name the colours: above a figure of one panel, in the panel where there are several."""
     marks = [Line2D([], [], color=tone, marker=marker, markersize=4, linestyle=line) for tone in paint.values()]
     figure, names = axis.get_figure(root=True), [label(str(name)) for name in paint]
@@ -256,7 +250,7 @@ def heat_map(
     for number, column in enumerate(frame.fillna(-np.inf).to_numpy().argmax(1) if best else ()):
         axis.add_patch(Rectangle((column + 0.05, number + 0.07), 0.9, 0.86, fill=False, edgecolor="white", linewidth=2))
     axis.set(**{"xlabel": "temperature T", "ylabel": ""} | labels)
-    return axis.get_figure(root=True)
+    return axis.get_figure(root=True)  # type: ignore[return-value]
 
 
 def _level(name: Any) -> str:
@@ -264,9 +258,7 @@ def _level(name: Any) -> str:
     return label(name) if isinstance(name, str) else "∞" if name == np.inf else f"{float(f'{name:.2g}'):,.10g}"
 
 
-def picture_grid(
-    pictures: Sequence[Any], captions: Sequence[str], columns: int = 6, titles: Sequence[str] = ()
-) -> Figure:
+def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, titles: Sequence[str] = ()) -> Figure:
     """Show pictures ([H, W, 3] or PIL) in a grid, each over its caption; `titles` name the rows."""
     rows, size = -(-len(pictures) // columns), DOUBLE_COLUMN / columns
     captions = [plain(line, int(17 * size), 3) for line in captions]
@@ -286,13 +278,13 @@ def outline(
 ) -> None:  # fmt: skip
     """Draw a box (xywh), or a mask [H, W], on the picture that `axis` shows, its label above the box, or `below`.
 
-    Where there is room, the label stays inside the picture, so that no caption is covered, and off the box itself, the
-    boxes in `avoid` and earlier labels.
+    The label stays inside the picture, so that no caption is covered, and off all boxes and labels if there is room.
     """
     for width, edge in ((2.4, "black"), (1.3, colour)) if dashed else ((3.0, "white"), (1.8, colour)):
         line: Any = (0, (3, 2)) if dashed and edge == colour else "-"
         if mask is None:
-            axis.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=edge, linewidth=width, linestyle=line))
+            patch = Rectangle((box[0], box[1]), *box[2:], fill=False, edgecolor=edge, linewidth=width, linestyle=line)
+            axis.add_patch(patch)
         elif mask.any() and not mask.all():
             axis.contour(mask, [0.5], colors=[edge], linewidths=width, linestyles=[line])
     if label:
@@ -335,16 +327,15 @@ def scene_panel(
     lines, shape = -(-len(rows) // columns), (DOUBLE_COLUMN, -(-len(rows) // columns) * 6.65 / columns)
     figure, axes = plt.subplots(lines, columns, figsize=shape, squeeze=False, subplot_kw=BLANK)
     for axis, expression in zip(axes.flat, map(int, rows), strict=False):
-        chosen = {name: int(best[expression]) for name, best in picks.items()}
-        _draw_scene(axis, ds, candidates, pairs, expression, chosen)
+        _draw_scene(
+            axis, ds, candidates, pairs, expression, {name: int(best[expression]) for name, best in picks.items()}
+        )
     return figure
 
 
-def _draw_scene(
-    axis: Axes, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, expression: int, chosen: Mapping[str, int]
-) -> None:
-    """Draw an expression's picture with the target and the candidates of the `chosen` rows of `pairs`."""
-    asked = ds.expressions.iloc[expression]
+def _draw_scene(axis: Axes, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, row: int, chosen: dict) -> None:
+    """Draw an expression's picture with its target and the candidates in the `chosen` rows of `pairs`, method → row."""
+    asked = ds.expressions.iloc[row]
     image, target = ds.load_image(asked["image_id"]), ds.annotations.loc[asked["ann_id"]]
     regions = [*(candidates.loc[int(pairs.candidate[pair])] for pair in chosen.values()), target]
     masks: Any = [None] * len(regions)
@@ -369,8 +360,7 @@ def hero(
     ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a: Tensor, rows: Sequence[int], most: int = 8
 ) -> Figure:
     """Show why CLIP and BSAP pick differently, a column an expression (row numbers): the picture with both picks, and
-    under it the candidates of the highest logits `s` [P], each with its logit, its bias, log Σ exp of `a` [C, M], and
-    what lies between.
+    under it the candidates of the highest logits `s` [P], with their bias, log Σ exp of `a` [C, M], and the difference.
     """
     frame = pairs.frame().assign(s=s.numpy(), bias=a.double().logsumexp(1)[pairs.candidate].numpy())
     figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7))
@@ -382,8 +372,9 @@ def hero(
         scene.axis("off")
         shown = scored[(np.arange(len(scored)) < most) | (scored.index == picks["bsap"])]
         crops = [np.asarray(thumbnail(ds, candidates, row, 80)) for row in shown["candidate"]]
-        places = {name: shown.index.get_loc(pair) for name, pair in picks.items()}
-        _draw_ladder(ladder, shown[["s", "bias"]].to_numpy(), crops, places)
+        _draw_ladder(
+            ladder, shown[["s", "bias"]].to_numpy(), crops, {n: shown.index.get_loc(p) for n, p in picks.items()}
+        )
     figure.legend(*ladder.get_legend_handles_labels(), loc="outside lower center", ncols=3, handletextpad=0.4)
     return figure
 
@@ -393,12 +384,10 @@ def _draw_ladder(axis: Axes, levels: np.ndarray, crops: Sequence[np.ndarray], pi
     place: Any = {"xycoords": axis.get_xaxis_transform(), "annotation_clip": False}
     tones, (s, bias), best = {x: colour(name) for name, x in picks.items()}, levels.T, picks["bsap"]
     axis.plot(s, "o", color=colour("clip"), markersize=6, label="logit s: CLIP takes the highest")
-    axis.plot(
-        bias, "_", color="0.2", markersize=14, markeredgewidth=2, label="bias: its level with the auxiliary prompts"
-    )
-    axis.vlines(range(len(s)), s, bias, linewidth=5, color="0.82", zorder=1)
+    axis.plot(bias, "_", color="0.2", markersize=14, markeredgewidth=2, label="bias: its level with auxiliary prompts")
+    axis.vlines(range(len(s)), s, bias, "0.82", linewidth=5, zorder=1)
     axis.vlines(
-        best, s[best], bias[best], linewidth=5, color=colour("bsap"), label="s − bias: BSAP takes the highest", zorder=1
+        best, s[best], bias[best], colour("bsap"), linewidth=5, label="s − bias: BSAP takes the highest", zorder=1
     )
     for x, (logit, gap, crop) in enumerate(zip(s, s - bias, crops, strict=True)):
         edge = {"edgecolor": tones.get(x, "0.72"), "linewidth": 2}
