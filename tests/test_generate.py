@@ -180,11 +180,11 @@ def test_training_pairs_are_long_tailed_and_the_same_twice(recipe):
     assert (pictures == again).all()
 
 
-def test_a_loose_frame_holds_its_object_and_much_else():
+def test_aloose_frame_holds_its_object_and_much_else():
     rng = np.random.default_rng(0)
     for seed in range(20):
         for thing in generate.draw_scene(np.random.default_rng([14, seed])).objects:
-            left, top, right, bottom = generate._loose_frame(thing, rng)
+            left, top, right, bottom = generate.loose_frame(thing, rng)
             x, y, w, h = thing.box
             assert 0 <= left <= x and x + w <= right <= 320 and 0 <= top <= y and y + h <= bottom <= 240
             assert max(w, h) <= 0.751 * (right - left)

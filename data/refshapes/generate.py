@@ -630,7 +630,7 @@ def _caption(thing: SceneObject, rng: np.random.Generator) -> str:
     return thing.phrase(ATTRIBUTE_CHOICES[choice])
 
 
-def _view(picture: Image.Image, size: int, window: tuple[float, ...] | None = None) -> np.ndarray:
+def view(picture: Image.Image, size: int, window: tuple[float, ...] | None = None) -> np.ndarray:
     """A window (left, top, right, bottom; pixels) of the picture, or all of it, squashed to a square."""
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=window))
 
@@ -650,11 +650,11 @@ def _close_pair(scene: Scene, thing: SceneObject, size: int, rng: np.random.Gene
     window = (max(0, x - grow[0] * w), max(0, y - grow[1] * h),
               min(WIDTH, x + w + grow[2] * w), min(HEIGHT, y + h + grow[3] * h))  # fmt: skip
     caption = _caption(thing, rng)
-    view = _view(_in_focus(picture, window, rng), size) if style == "focus" else _view(picture, size, window)
+    shown = view(_in_focus(picture, window, rng), size) if style == "focus" else view(picture, size, window)
     if style != "close":  # surroundings invite a relation, the whole frame a place
         longer = "place" if style == "focus" else "relation"
         caption = describe(scene, thing, str(rng.choice(["attributes", longer])), rng) or caption
-    return view, caption
+    return shown, caption
 
 
 def close_pairs(seed: int, size: int) -> Iterator[tuple[np.ndarray, str]]:
@@ -669,10 +669,10 @@ def close_pairs(seed: int, size: int) -> Iterator[tuple[np.ndarray, str]]:
         left, top = rng.uniform(0, WIDTH - 40), rng.uniform(0, HEIGHT - 40)
         patch = np.s_[int(top) : int(top) + 40, int(left) : int(left) + 40]
         if rng.random() < 0.5 and not any(thing.mask[patch].any() for thing in scene.objects):
-            yield _view(Image.fromarray(scene.image), size, (left, top, left + 40, top + 40)), scene.surface
+            yield view(Image.fromarray(scene.image), size, (left, top, left + 40, top + 40)), scene.surface
 
 
-def _loose_frame(thing: SceneObject, rng: np.random.Generator) -> tuple[float, ...]:
+def loose_frame(thing: SceneObject, rng: np.random.Generator) -> tuple[float, ...]:
     """Return a square window (left, top, right, bottom; pixels) of which `thing` fills 30 to 75 %, lengthwise."""
     x, y, w, h = thing.box
     side = min(max(w, h) / rng.uniform(0.3, 0.75), HEIGHT)
@@ -692,9 +692,9 @@ def web_pairs(seed: int, size: int) -> Iterator[tuple[np.ndarray, str]]:
         scene = draw_scene(rng, long_tail=True)
         picture, objects = Image.fromarray(scene.image), [scene.objects[i] for i in rng.permutation(len(scene.objects))]
         *first, last = [_caption(thing, rng) for thing in objects[: rng.integers(1, 4)]]
-        yield _view(picture, size), " and ".join([", ".join(first), last] if first else [last])
+        yield view(picture, size), " and ".join([", ".join(first), last] if first else [last])
         for thing in objects[:3]:
-            yield _view(picture, size, _loose_frame(thing, rng)), _caption(thing, rng)
+            yield view(picture, size, loose_frame(thing, rng)), _caption(thing, rng)
 
 
 PAIRS = {"close": close_pairs, "web": web_pairs}
