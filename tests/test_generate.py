@@ -180,7 +180,7 @@ def test_training_pairs_are_long_tailed_and_the_same_twice(recipe):
     assert (pictures == again).all()
 
 
-def test_aloose_frame_holds_its_object_and_much_else():
+def test_a_loose_frame_holds_its_object_and_much_else():
     rng = np.random.default_rng(0)
     for seed in range(20):
         for thing in generate.draw_scene(np.random.default_rng([14, seed])).objects:
