@@ -1,20 +1,16 @@
-"""RefCOCO, RefCOCO+, RefCOCOg, and data of one's own, read into three pandas frames; and the one decoder of pictures.
-
-Three layouts are read: that of the published archives (Yu et al., "Modeling Context in Referring Expressions", ECCV
-2016; `instances.json` and `refs(<split_by>).p`), a table `expressions.csv`, and the lists `<dataset>_<split>.json` of
-evaluation kits. The two tables are brought into the form of the first, so that one reader checks them all.
+"""RefCOCO, RefCOCO+, RefCOCOg and data of one's own as three pandas frames (data/README.md shows the layouts: that of Yu
+et al., "Modeling Context in Referring Expressions", ECCV 2016, a CSV, and lists in JSON); and the one decoder of pictures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import pickle
-import re
-import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,61 +18,55 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
+from pycocotools import mask as coco
 
 XYWH = ["x", "y", "w", "h"]
 COCO_FOLDER = "images/mscoco/images/train2014"
-FORMATS = "AVIF BMP GIF ICO JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()  # none that starts another program (EPS)
-MAX_PIXELS = 178_956_970  # of one picture: PIL's own limit
-MAX_BYTES, MAX_PICKLE = 2 << 30, 100 << 20  # of a file; 100 MiB take our unpickler about a minute
-
-CLIPPED = "boxes clipped to their image"
-NO_AREA = "boxes without area left out"
-NO_TEXT = "expressions without text left out"
-DEGENERATE = "degenerate polygons dropped"
+FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]  # none starts a program, as EPS does
+MAX_PIXELS, MAX_BYTES, MAX_PICKLE = 178_956_970, 2 << 30, 100 << 20  # PIL's limit; a pickle of 100 MiB takes a minute
+CLIPPED, NO_AREA = "boxes clipped to their image", "boxes without area left out"
+COLUMNS = ["image_id", "category", *XYWH, "area", "iscrowd", "segmentation"]
 
 
 class DatasetError(ValueError):
     """A file that cannot be used as it is. The message says which file, what is wrong and what to do."""
 
 
-def open_picture(source: Path | str | bytes | BinaryIO | Image.Image, upright: bool = False) -> Image.Image:
-    """Return a picture, from a file or its bytes, as an RGB image without metadata; of an animation the first frame.
-
-    Pixels of 16 or 32 bits are scaled to 8: integers by 65,535, or for 32 bits, as for floats, by the smallest of 1, 255,
-    65,535 and 2³² that holds them. `upright` turns it as its EXIF orientation says; where boxes are in raw pixels, as
-    COCO's are, it must stay off. Raises DatasetError for what is no regular file, no picture of FORMATS, or too large.
-
-    >>> open_picture(Image.fromarray(np.full((2, 3), 65_535, dtype=np.uint16))).getpixel((0, 0))
-    (255, 255, 255)
-    """
-    name = f"{source}" if isinstance(source, (str, Path)) else "The picture"
+@contextlib.contextmanager
+def reading(name: Any, wanted: str) -> Iterator[None]:
+    """Turn whatever is raised about a file into a DatasetError: on damaged bytes decoders raise nearly anything."""
     try:
-        if isinstance(source, (str, Path)):
-            source = io.BytesIO(read_bytes(Path(source)))
-        elif isinstance(source, bytes):
-            source = io.BytesIO(source)
-        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"it has more than {MAX_PIXELS:,} pixels")
-        rgb = _eight_bits(ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+        yield
     except DatasetError:
         raise
-    except Image.UnidentifiedImageError:
-        raise DatasetError(f"{name} is no picture of a known kind. Use JPEG, PNG or another of {FORMATS}.") from None
-    except Exception as error:  # damaged bytes raise nearly anything in PIL's decoders, struct.error included
-        raise DatasetError(f"{name} cannot be decoded ({error}). Replace it by a whole picture.") from error
-    rgb.info = {}  # else whoever gets it would turn it by its EXIF orientation again
-    return rgb
+    except Exception as error:
+        problem = (str(error) or type(error).__name__)[:300]
+        raise DatasetError(f"{name} cannot be read ({problem}). Pass {wanted}.") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale a picture of more than 8 bits a channel to 8; PIL's own `convert` would cut off all above 255."""
-    if not image.mode.startswith("I") and image.mode != "F":
+def open_picture(source: Path | str | bytes | BinaryIO | Image.Image, upright: bool = False) -> Image.Image:
+    """Return a picture, from a file or its bytes, in RGB and without metadata; of an animation the first frame.
+
+    Pixels of 16 bits are scaled to 8 by 65,535; of 32 bits and floats by the smallest of 1, 255, 65,535 and 2³² that
+    holds them all. `upright` turns it by its EXIF orientation: not where boxes are in raw pixels, as COCO's are.
+    Raises DatasetError for what is no regular file, no picture of FORMATS, damaged, or of more than MAX_PIXELS.
+    """
+    name = source if isinstance(source, (Path, str)) else "The picture"
+    with reading(name, f"a whole picture of a format among {', '.join(FORMATS)}"):
+        content = read_bytes(Path(source)) if isinstance(source, (Path, str)) else source
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+        image = ImageOps.exif_transpose(image) if upright else image
+        if image.mode.startswith("I") or image.mode == "F":  # PIL would cut off all above 255
+            values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+            tops = [65_535] if image.mode.startswith("I;16") else [1, 255, 65_535, 2**32, values.max()]
+            scale = 255 / next(top for top in tops if top >= values.max())
+            image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB")
+        image.info = {}  # else whoever gets it might turn it by its EXIF orientation again
         return image
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    ranges = (65_535,) if image.mode.startswith("I;16") else (1, 255, 65_535, 2**32)
-    top = next((top for top in ranges if values.max() <= top), values.max())
-    return Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,11 +74,10 @@ class ReferDataset:
     """Images, annotations and expressions of a referring-expression data set, as `load_refer` reads them.
 
     images       index image_id: file_name, width, height (pixels)
-    annotations  index ann_id: image_id, category (name, "" where unknown), x, y, w, h (pixels, inside the image), area,
-                 iscrowd, segmentation (polygons, RLE or a matrix; None: unknown). All of an image, crowds included.
+    annotations  index ann_id: image_id, category ("" if unknown), x, y, w, h (pixels, inside the image), area, iscrowd,
+                 segmentation (polygons, RLE or a matrix; None if unknown). All objects of an image, crowds included.
     expressions  index sent_id: ref_id, ann_id (the target), image_id, split, text
-    counts       what was clipped or left out, in words; after `select`, in its images
-    notes        one row for each thing counted: index image_id, value what
+    counts       what was clipped or left out in the whole data set, in words
 
     >>> ds = load_refer("data/refshapes", "refshapes")
     >>> ds.splits, ds.categories[:2], ds.load_image(1).size
@@ -101,8 +90,7 @@ class ReferDataset:
     images: pd.DataFrame
     annotations: pd.DataFrame
     expressions: pd.DataFrame
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    notes: pd.Series = dataclasses.field(default_factory=lambda: pd.Series(dtype=str), repr=False)
+    counts: dict[str, int]
 
     @property
     def categories(self) -> list[str]:
@@ -112,44 +100,35 @@ class ReferDataset:
     @property
     def splits(self) -> list[str]:
         """Names that `select` accepts, sorted."""
-        return sorted(set().union(*map(_splits_of, self.expressions["split"].unique())))
+        return sorted(self.expressions["split"].unique())
 
     def select(self, split: str | None = None, limit: int | None = None) -> ReferDataset:
-        """Return the expressions of one split (None: all), the images that have them, and all annotations of these.
+        """Return the expressions of one split (None: all), their images, and all annotations of these.
 
-        `limit` takes the first that many images only (None or 0: all). Expressions marked `testAB` belong to `testA` and
-        to `testB`. Raises DatasetError for a split that is not there and a negative limit.
-
-        >>> len(load_refer("data/refshapes", "refshapes").select(split="val", limit=2).images)
-        2
+        `limit` takes the first that many images (0: all). DatasetError for an unknown split or a negative limit.
         """
-        if limit is not None and limit < 0:
+        if (limit or 0) < 0:
             raise DatasetError(f"limit is {limit}: pass how many images to take, or 0 for all.")
-        marks = [mark for mark in self.expressions["split"].unique() if split is None or split in _splits_of(mark)]
-        if split is not None and not marks:
-            present = ", ".join(self.splits) or "none"
-            raise DatasetError(f"{self.name} has no split {split!r}. Pass one of these: {present}.")
-        expressions = self.expressions[self.expressions["split"].isin(marks)]
-        images = self.images[self.images.index.isin(expressions["image_id"])].iloc[: limit or None]
-        annotations = self.annotations[self.annotations["image_id"].isin(images.index)]
-        expressions = expressions[expressions["image_id"].isin(images.index)]
-        notes = self.notes[self.notes.index.isin(images.index)]
-        frames = {"images": images, "annotations": annotations, "expressions": expressions}
-        return dataclasses.replace(self, **frames, notes=notes, counts=_count(notes))
+        if split not in (None, *self.splits):
+            raise DatasetError(
+                f"{self.name} has no split {split!r}. Pass one of these: {', '.join(self.splits) or 'none'}."
+            )
+        chosen = self.expressions if split is None else self.expressions[self.expressions["split"] == split]
+        images = self.images[self.images.index.isin(chosen["image_id"])].iloc[: limit or None]
+        within = [frame[frame["image_id"].isin(images.index)] for frame in (self.annotations, chosen)]
+        return dataclasses.replace(self, images=images, annotations=within[0], expressions=within[1])
 
     def image_path(self, image_id: int) -> Path:
-        """Return where the image of this id lies. Raises DatasetError for an id that the data set does not have."""
-        if image_id not in self.images.index:
-            raise DatasetError(f"{self.name} has no image {image_id!r} among its {len(self.images)} images.")
-        return self.image_root / str(self.images.at[image_id, "file_name"])
+        """Return where the image of this id lies."""
+        return self.image_root / self.images.at[image_id, "file_name"]
 
     def load_image(self, image_id: int) -> Image.Image:
         """Return one image in RGB. Raises DatasetError when it is missing, damaged or not of the size annotated."""
-        image = open_picture(self.image_path(image_id))
-        size = tuple(self.images.loc[image_id, ["width", "height"]])
-        if image.size != size:
-            raise DatasetError(f"{self.image_path(image_id)}: has {image.width}×{image.height} pixels, but {self.name} says "
-                               f"{size[0]}×{size[1]}, so its boxes would be misplaced. Put the right picture there.")  # fmt: skip
+        image, path = open_picture(self.image_path(image_id)), self.image_path(image_id)
+        if image.size != tuple(size := self.images.loc[image_id, ["width", "height"]].tolist()):
+            raise DatasetError(
+                f"{path}: has {image.size} pixels, not {size} as annotated. Put the right picture there."
+            )
         return image
 
     def missing_images(self) -> list[str]:
@@ -162,202 +141,151 @@ def load_refer(
 ) -> ReferDataset:
     """Read the data set in the folder `root/dataset`: the first of these that is there.
 
-    - `refs(<split_by>).p` with `instances.json`, the UNC layout; `split_by` is "umd" for refcocog, "unc" for all others
-    - `expressions.csv`: file_name, x, y, w, h (pixels), text and perhaps split, category, segmentation, width, height
-    - `<dataset>_<split>.json`: a list of img_id, sents, bbox, width, height (RefCOCO's splits as evaluation kits have them)
+    - `refs(<split_by>).p` and `instances.json`, the UNC layout; `split_by` is "umd" for refcocog, "unc" for all others
+    - `expressions.csv`: file_name, x, y, w, h, text and perhaps split, category, segmentation, width, height
+    - `<dataset>_<split>.json`: a list of img_id, sents, bbox, width, height
 
-    The boxes of a table are taken from `instances.json`, with their masks and neighbours, where there is one. Pictures lie
-    in `image_root`, else in `root/dataset/images` or `root/images/mscoco/images/train2014`. Expressions of white space and
-    boxes without area are left out, boxes that leave their image clipped, each counted; all else that is wrong, and a target
-    without area, raises DatasetError.
-
-    >>> list(load_refer("data/refshapes", "refshapes").expressions.columns)
-    ['ref_id', 'ann_id', 'image_id', 'split', 'text']
+    An `instances.json` beside a table gives its boxes their masks and neighbours. Pictures lie in `image_root`, else in
+    `root/dataset/images` or `root/images/mscoco/images/train2014`. Boxes that leave their image are clipped, boxes
+    without area and expressions of white space left out, each counted; all else that is wrong raises DatasetError.
     """
-    root, folder, split_by = Path(root), Path(root) / dataset, split_by or ("umd" if dataset == "refcocog" else "unc")
-    if not folder.is_dir():
-        raise DatasetError(f"{folder}: there is no such folder. Get the data set with `bsap data get {dataset}`, or pass as "
-                           f"root the folder that holds the folder {dataset}.")  # fmt: skip
-    present, instances, own = sorted(folder.glob("refs(*).p")), folder / "instances.json", folder / "images"
-    pictures = Path(image_root) if image_root else own if own.is_dir() else root / COCO_FOLDER
-    path = folder / f"refs({split_by}).p" if present else _table_path(folder, dataset)
-    table = None if present else _read_table(path, dataset)
-    if present and path not in present:
-        raise DatasetError(f"{path}: there is no such file, but {', '.join(path.name for path in present)}. Pass as split_by "
-                           "(SPLIT_BY in notebooks) what stands in parentheses.")  # fmt: skip
-    if table is None or instances.is_file():
-        images, annotations = _clean(*_read_instances(instances), instances)
-    else:
-        images, annotations = _clean(*_boxes_of(table, pictures), path)
-    expressions = _read_refs(path, annotations) if table is None else _find_targets(table, path, images, annotations)
+    folder, split_by = Path(root) / dataset, split_by or ("umd" if dataset == "refcocog" else "unc")
+    own, instances, csv = folder / "images", folder / "instances.json", folder / "expressions.csv"
+    image_root = Path(image_root) if image_root else own if own.is_dir() else Path(root) / COCO_FOLDER
+    refs, lists = sorted(folder.glob("refs(*).p")), sorted(folder.glob(f"{dataset}_*.json"))
+    path = folder / f"refs({split_by}).p" if refs else csv if csv.is_file() or not lists else lists[0]
+    if not path.is_file():
+        found = ", ".join(file.name for file in refs) or "nothing else"
+        raise DatasetError(f"{path}: no such file, but {found}. Run `bsap data get {dataset}`, pass as root the folder "
+                           f"above {dataset}, or as split_by (SPLIT_BY) what stands in parentheses.")  # fmt: skip
+    with reading(folder, "a data set as data/README.md describes it"):
+        table = None if refs else _read_csv(path) if path == csv else _read_lists(lists, dataset)
+        complete = table is None or instances.is_file()
+        frames = _read_instances(instances) if complete else _boxes_of(table, image_root)
+        expressions = _read_refs(path) if table is None else _find_targets(table, path, *frames)
+        images, annotations, counts = _clean(*frames, instances if complete else path)
     target = annotations.index.get_indexer(expressions["ann_id"])
-    no_area, clipped, dropped = (annotations.pop(what).to_numpy() for what in (NO_AREA, CLIPPED, DEGENERATE))
-    refuse(no_area[target], f"{path}: expression ", "its target has no area inside its image", expressions.index)
-    no_text = (expressions["text"].str.strip() == "").to_numpy()
-    ids = annotations["image_id"].to_numpy()
-    counted = {CLIPPED: ids[clipped], NO_AREA: ids[no_area], DEGENERATE: np.repeat(ids, dropped)}
-    counted[NO_TEXT] = expressions["image_id"].to_numpy()[no_text]
-    notes = pd.concat([pd.Series(what, index=of, dtype=str) for what, of in counted.items()])
-    frames = images, annotations[~no_area], expressions[~no_text]
-    return ReferDataset(dataset, split_by, pictures, *frames, _count(notes), notes)
+    wrong = (target < 0) | (expressions["image_id"].to_numpy() != annotations["image_id"].to_numpy()[target])
+    refuse(wrong, f"{path}: expression ", "its target is no annotation with an area in its image", expressions.index)
+    blank = expressions["text"].str.strip() == ""
+    counts["expressions without text left out"] = int(blank.sum())
+    return ReferDataset(dataset, split_by, image_root, images, annotations, expressions[~blank], counts)
 
 
 def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the images and annotations of a file in COCO's form."""
-    tables = read_table([read_json(path)], f"{path}: file ", images=list, annotations=list, categories=list).iloc[0]
-    images = read_table(tables["images"], f"{path}: images", id=int, file_name=str, width=int, height=int)
-    names = read_table(tables["categories"], f"{path}: categories", id=int, name=str)
-    kinds = {"id": int, "image_id": int, "category_id": int, "bbox": list, "area": float, "iscrowd": int}
-    annotations = read_table(tables["annotations"], where := f"{path}: annotations", **kinds, segmentation=object)
-    annotations[XYWH] = box_array(annotations["bbox"], where)
-    row = unique(names["id"], f"{path}: categories").get_indexer(annotations["category_id"])
-    refuse(row < 0, where, "'category_id' is not among the categories")
-    annotations["category"] = pd.Categorical(names["name"].to_numpy()[row], categories=names["name"].unique())
-    return images, annotations
+    """Return the images and the annotations of a file in COCO's form."""
+    content = read_json(path)
+    images = read_table(content["images"], f"{path}: images", id=int, file_name=str, width=int, height=int)
+    names = read_table(content["categories"], f"{path}: categories", id=int, name=str).drop_duplicates("id")
+    kinds = {"id": int, "image_id": int, "category_id": int, "bbox": XYWH, "area": float, "iscrowd": int}
+    annotations = read_table(content["annotations"], f"{path}: annotations", **kinds, segmentation=object)
+    row = pd.Index(names["id"]).get_indexer(annotations["category_id"])
+    refuse(row < 0, f"{path}: annotations", "'category_id' is not among the categories")
+    return images, annotations.assign(category=pd.Categorical(names["name"].to_numpy()[row], names["name"].unique()))
 
 
-def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return both frames by their ids, checked and clipped; annotations with columns NO_AREA, CLIPPED, DEGENERATE."""
-    where, pixels = f"{path}: images", images["width"] * images["height"].astype(float)
-    refuse((images[["width", "height"]] < 1).any(axis=1) | (pixels > MAX_PIXELS), where,
-           f"'width' × 'height' must be from 1 to {MAX_PIXELS:,} pixels")  # fmt: skip
-    leaves = images["file_name"].astype(object).str.contains(r"^\s*$|^/|\\|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|\x00")
-    refuse(leaves, where, "'file_name' is empty or leads out of the image folder")
-    images = images.set_index(unique(images["id"], where).rename("image_id"))[["file_name", "width", "height"]]
+def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """Return both frames by their ids, checked, boxes clipped and degenerate polygons dropped; and counts."""
+    for frame, where in ((images, f"{path}: images"), (annotations, f"{path}: annotations")):
+        refuse(frame["id"].duplicated(), where, "'id' is that of an earlier entry too")
+    leaves = images["file_name"].str.contains(r"^\s*$|^/|\\|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|\x00", regex=True)
+    refuse(leaves, f"{path}: images", "'file_name' is empty or leads out of the image folder")
+    pixels = images["width"].clip(0).astype(float) * images["height"].clip(0)
+    refuse((pixels < 1) | (pixels > MAX_PIXELS), f"{path}: images", f"the size is not 1 to {MAX_PIXELS:,} pixels")
+    images = images.set_index("id").rename_axis("image_id")[["file_name", "width", "height"]]
     row = images.index.get_indexer(annotations["image_id"])
     refuse(row < 0, f"{path}: annotations", "'image_id' is not among the images")
     sizes = images[["width", "height"]].to_numpy()[row]
-    boxes, has_area, clipped = clip_boxes(annotations[XYWH].to_numpy(), sizes)
-    shapes = [
-        drop_degenerate(one, h, w) for one, (w, h) in zip(annotations["segmentation"], sizes.tolist(), strict=True)
-    ]
-    index = unique(annotations["id"], f"{path}: annotations").rename("ann_id")
-    kept = ["image_id", "category", *XYWH, "area", "iscrowd"]
-    annotations = annotations.assign(**dict(zip(XYWH, boxes.T, strict=True)))[kept].set_index(index)
-    annotations["segmentation"] = pd.Series([shape for shape, _ in shapes], index=index, dtype=object)
-    counted = {NO_AREA: ~has_area, CLIPPED: clipped, DEGENERATE: [dropped for _, dropped in shapes]}
-    return images, annotations.assign(**counted)
+    annotations[XYWH], has_area, clipped = clip_boxes(annotations[XYWH].to_numpy(), sizes)
+    masks = [clean_mask(mask, h, w) for mask, (w, h) in zip(annotations["segmentation"], sizes.tolist(), strict=True)]
+    annotations["segmentation"] = pd.Series([mask for mask, _ in masks], dtype=object, index=annotations.index)
+    counts = {CLIPPED: int(clipped.sum()), NO_AREA: int((~has_area).sum())}
+    counts["degenerate polygons dropped"] = sum(dropped for _, dropped in masks)
+    return images, annotations[has_area].set_index("id").rename_axis("ann_id")[COLUMNS], counts
 
 
-def _read_refs(path: Path, annotations: pd.DataFrame) -> pd.DataFrame:
+def _read_refs(path: Path) -> pd.DataFrame:
     """Return the expressions of a pickle of refs: index sent_id; ref_id, ann_id, image_id, split, text."""
-    kinds = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list}
-    refs = read_table(_unpickle(path), where := f"{path}: refs", **kinds)
-    unique(refs["ref_id"], where)
-    target = annotations.index.get_indexer(refs["ann_id"])
-    refuse(target < 0, where, "'ann_id' is not among the annotations of instances.json")
-    elsewhere = refs["image_id"].to_numpy() != annotations["image_id"].to_numpy()[target]
-    refuse(elsewhere, where, "'image_id' is not the image of annotation 'ann_id' in instances.json")
-    lists = refs.pop("sentences")
-    texts = read_table(
-        list(chain.from_iterable(lists)), where := f"{path}: sentences of all refs", sent_id=int, sent=str
-    )
-    expressions = refs.iloc[np.repeat(np.arange(len(refs)), list(map(len, lists)))]
-    return expressions.set_index(unique(texts["sent_id"], where)).assign(text=texts["sent"].to_numpy())
+    kinds = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": object}
+    refs = read_table(_unpickle(path), f"{path}: refs", **kinds)
+    texts = read_table(list(chain(*refs["sentences"])), f"{path}: sentences of all refs", sent_id=int, sent=str)
+    for frame, key in ((refs, "ref_id"), (texts, "sent_id")):
+        refuse(frame[key].duplicated(), f"{path}: {key} ", "is there twice", frame[key])
+    row = np.repeat(np.arange(len(refs)), refs.pop("sentences").map(len).to_numpy(dtype=int))
+    return refs.iloc[row].set_index(pd.Index(texts["sent_id"])).assign(text=texts["sent"].array)
 
 
-def _table_path(folder: Path, dataset: str) -> Path:
-    """Return the file, of several splits the first, that holds the expressions of a folder without refs."""
-    paths = [folder / "expressions.csv", *sorted(folder.glob(f"{dataset}_*.json"))]
-    if found := next((path for path in paths if path.is_file()), None):
-        return found
-    raise DatasetError(f"{folder}: holds no expressions. Put there refs(unc).p and instances.json, or expressions.csv, or "
-                       f"{dataset}_SPLIT.json, as data/README.md shows.")  # fmt: skip
-
-
-def _read_table(path: Path, dataset: str) -> pd.DataFrame:
-    """Return one row an expression: file_name, x, y, w, h, text, split, category, segmentation, perhaps width, height."""
-    if path.suffix == ".json":
-        lists = sorted(path.parent.glob(f"{dataset}_*.json"))
-        return pd.concat([_read_split(one, one.stem.removeprefix(f"{dataset}_")) for one in lists], ignore_index=True)
-    try:
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Return a row an expression: file_name, x, y, w, h, text, split, category, segmentation, perhaps width, height."""
+    with reading(path, "a CSV in UTF-8, its first line file_name,x,y,w,h,text (data/README.md shows one)"):
         table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        shapes = [json.loads(one) if one.strip() else None for one in table.get("segmentation", [""] * len(table))]
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(
-            f"{path}: is no CSV in UTF-8, or a segmentation in it no JSON ({error}). Correct it."
-        ) from error
-    table.columns = table.columns.str.strip()
-    if lacking := [name for name in ["file_name", *XYWH, "text"] if name not in table]:
-        raise DatasetError(
-            f"{path}: has no column {', '.join(lacking)}, only {', '.join(table)}. Its first line names them."
-        )
-    for name in [*XYWH, *(side for side in ("width", "height") if side in table)]:
-        table[name] = pd.to_numeric(table[name], errors="coerce")
-        refuse(~np.isfinite(table[name]), f"{path}: line ", f"{name!r} is no number", table.index + 2)
-    defaults = {key: value for key, value in {"split": "all", "category": ""}.items() if key not in table}
-    return table.assign(**defaults, segmentation=pd.Series(shapes, dtype=object))
+        table = table.rename(columns=str.strip)
+        defaults = {"split": "all", "category": "", "segmentation": ""}
+        table = table.assign(**{key: value for key, value in defaults.items() if key not in table})
+        numbers = [name for name in [*XYWH, "width", "height"] if name in table]
+        shapes = [json.loads(shape) if shape.strip() else None for shape in table["segmentation"]]
+        table = table.assign(segmentation=pd.Series(shapes, dtype=object)).astype(dict.fromkeys(numbers, float))
+        return table[["file_name", *XYWH, "text", *defaults, *numbers[4:]]]
 
 
-def _read_split(path: Path, split: str) -> pd.DataFrame:
-    """Return the table of one list of an evaluation kit; img_id is the name of a COCO picture and a suffix of the ref."""
-    kinds = {"img_id": str, "sents": str, "bbox": list, "width": int, "height": int}
-    table = read_table(read_json(path), where := f"{path}: entry ", **kinds)
+def _read_lists(paths: list[Path], dataset: str) -> pd.DataFrame:
+    """Return the same from the lists of an evaluation kit; img_id is the name of a COCO picture and the ref's suffix."""
+    kinds = {"img_id": str, "sents": str, "bbox": XYWH, "width": int, "height": int}
+    splits = [read_table(read_json(path), f"{path}: entry ", **kinds).assign(split=path.stem) for path in paths]
+    table = pd.concat(splits, ignore_index=True)
     names = table["img_id"].str.replace(r"^(COCO_\w+_\d{12})_\d+$", r"\1", regex=True)
-    table["file_name"] = names.where(names.str.contains(r"\.\w+$"), names + ".jpg")
-    table[XYWH] = box_array(table["bbox"], where)
-    return table.assign(text=table["sents"], split=split, category="", segmentation=None)
+    names = names.where(names.str.contains(r"\.\w+$", regex=True), names + ".jpg")
+    table["split"] = table["split"].str.removeprefix(f"{dataset}_")
+    return table.assign(file_name=names, text=table["sents"], category="", segmentation=None)
 
 
 def _boxes_of(table: pd.DataFrame, pictures: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the images and the de-duplicated boxes of a table, as `_read_instances` does.
+    """Return the images and the de-duplicated boxes of a table, in the form of `_read_instances`.
 
     An image's id is the number at the end of its name, as COCO has it, where all names have one of their own.
     """
-    images = table.drop_duplicates("file_name").assign(id=lambda frame: range(1, len(frame) + 1))
+    images = table.drop_duplicates("file_name").reset_index(drop=True)
     numbers = images["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0]
-    if numbers.notna().all() and numbers.astype(np.int64).is_unique:
-        images["id"] = numbers.astype(np.int64)
+    by_name = numbers.notna().all() and numbers.astype(np.int64).is_unique
+    images["id"] = numbers.astype(np.int64) if by_name else np.arange(1, len(images) + 1)
     if not {"width", "height"} <= set(images):
         images[["width", "height"]] = [open_picture(pictures / name).size for name in images["file_name"]]
-    images[["width", "height"]] = images[["width", "height"]].astype(np.int64)
-    boxes = table.drop_duplicates(["file_name", *XYWH])
-    boxes = boxes.assign(
-        image_id=boxes["file_name"].map(images.set_index("file_name")["id"]), id=range(1, len(boxes) + 1)
-    )
-    return images, boxes.assign(category=boxes["category"].astype("category"), area=boxes["w"] * boxes["h"], iscrowd=0)
+    boxes = table.drop_duplicates(["file_name", *XYWH]).reset_index(drop=True)
+    boxes["image_id"] = boxes["file_name"].map(images.set_index("file_name")["id"])
+    boxes = boxes.assign(id=np.arange(1, len(boxes) + 1), area=boxes["w"] * boxes["h"], iscrowd=0)
+    return images.astype({"width": np.int64, "height": np.int64}), boxes.astype({"category": "category"})
 
 
-def _find_targets(table: pd.DataFrame, path: Path, images: pd.DataFrame, annotations: pd.DataFrame) -> pd.DataFrame:
-    """Return the expressions of a table, each with the annotation that has its box, give or take a pixel."""
-    row = pd.Index(images["file_name"]).get_indexer(table["file_name"])
-    refuse(row < 0, f"{path}: expression ", "'file_name' is not among the images of instances.json")
-    boxes, *_ = clip_boxes(table[XYWH].to_numpy(), images[["width", "height"]].to_numpy()[row])
-    sides = pd.DataFrame(boxes, columns=XYWH).assign(image_id=images.index.to_numpy()[row], sent_id=range(len(table)))
-    pairs = sides.merge(annotations[["image_id", *XYWH]].reset_index(), on="image_id", suffixes=("", "_known"))
-    away = np.abs(pairs[XYWH].to_numpy() - pairs[[f"{side}_known" for side in XYWH]].to_numpy()).max(1)
-    nearest = pairs.assign(away=away).sort_values("away", kind="stable").drop_duplicates("sent_id").set_index("sent_id")
-    nearest = nearest.reindex(range(len(table)))
-    refuse(~(nearest["away"] <= 1), f"{path}: expression ", "no annotation of its picture has its box")
-    ids = nearest["ann_id"].astype(np.int64)
-    found = {"ref_id": ids, "ann_id": ids, "image_id": sides["image_id"], "split": table["split"].astype(str)}
-    frame = pd.DataFrame({**found, "text": table["text"].astype(str)})
-    return frame.rename_axis("sent_id")
+def _find_targets(table: pd.DataFrame, path: Path, images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
+    """Return the expressions of a table, each with the box of its picture that is the same to a tenth of a pixel."""
+    keys, tenths = ["image_id", *XYWH], dict.fromkeys(XYWH, 1)
+    table = table.assign(image_id=table["file_name"].map(images.set_index("file_name")["id"].to_dict()))
+    known = boxes.round(tenths).drop_duplicates(keys)[[*keys, "id"]].rename(columns={"id": "ann_id"})
+    found = table.round(tenths).merge(known, on=keys, how="left").rename_axis("sent_id")
+    refuse(found["ann_id"].isna(), f"{path}: expression ", "instances.json has no such picture, or no such box in it")
+    found = found.assign(ref_id=found["ann_id"]).astype({"ref_id": int, "ann_id": int, "image_id": int})
+    return found[["ref_id", "ann_id", "image_id", "split", "text"]]
 
 
-def drop_degenerate(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
-    """Return a segmentation without polygons that are no list of three points or more, and how many were dropped.
+def clean_mask(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
+    """Return a segmentation as RLE or polygons of three points or more, None if there are none, and how many had less.
 
-    Where nothing is left, it is None: unknown. RLE and matrices stay as they are.
+    Rows of true and false, or of 0 and 1, of the picture's size are a mask written out, and become RLE.
     """
-    if not isinstance(segmentation, list) or is_matrix(segmentation, height, width):
+    if not isinstance(segmentation, list):
         return segmentation or None, 0
-    sound = [polygon for polygon in segmentation
-             if type(polygon) is not list or (len(polygon) > 5 and len(polygon) % 2 == 0) or type(polygon[:1]) is bool]  # fmt: skip
-    return sound or None, len(segmentation) - len(sound)
-
-
-def is_matrix(segmentation: Any, height: int, width: int) -> bool:
-    """Tell whether a segmentation is a mask written out: rows of true and false, or of 0 and 1, of the picture's size."""
-    rows = segmentation if isinstance(segmentation, list) and len(segmentation) == height else [None]
-    return all(type(row) is list and len(row) == width and set(row) <= {0, 1} for row in rows)
+    if [type(row) is list and len(row) for row in segmentation] == [width] * height and np.isin(
+        segmentation, [0, 1]
+    ).all():
+        return coco.encode(np.asfortranarray(segmentation, dtype=np.uint8)), 0
+    kept = [part for part in segmentation if type(part) is not list or (len(part) > 5 and len(part) % 2 == 0)]
+    return kept or None, len(segmentation) - len(kept)
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Clip `boxes` [N, 4] (xywh, pixels) to images of `sizes` [N, 2] (width, height).
 
-    Returns the boxes [N, 4], which of them have an area inside their image [N], and which of these were moved [N]. A
-    thousandth of a pixel outside is rounding, and such boxes stay as they are.
+    Returns the boxes, which have an area inside [N], and which of these were moved [N], by more than a thousandth.
 
     >>> clip_boxes(np.array([[-5.0, 2, 15, 4]]), np.array([[20, 10]]))
     (array([[ 0.,  2., 10.,  4.]]), array([ True]), array([ True]))
@@ -371,139 +299,86 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nda
     return clipped, has_area, has_area & outside
 
 
-KINDS: dict[Any, set[type]] = {float: {int, float}, object: {dict, list, type(None)}}
-
-
 def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
-    """Return some keys of a list of records as a frame: the columns `kinds`, of int, float, str, list or object.
+    """Return keys of a list of records as columns: int, float, str, object (may lack), or XYWH (a box: four columns).
 
-    object is a segmentation, and may be missing. Raises DatasetError for the first value that is of another type (True is
-    no int), an integer of more than 64 bits, or text that is not Unicode.
+    Raises DatasetError for a missing key, another kind of value, an integer of over 64 bits, text that is not Unicode.
     """
-    if type(records) is not list:
-        raise DatasetError(f"{where}: {_show(records)} is no list of records.")
-    data = {}
+    columns: dict[str, Any] = {}
     for key, kind in kinds.items():
-        admitted, values = KINDS.get(kind, {kind}), [one.get(key) if type(one) is dict else one for one in records]
-        wrong = [type(value) not in admitted or not _is_sound(value) for value in values]
-        wrong = [bad or type(one) is not dict for bad, one in zip(wrong, records, strict=True)]
-        i = wrong.index(True) if True in wrong else -1
-        if i >= 0:
-            raise DatasetError(
-                f"{where}[{i}]: '{key}' is {_show(values[i])}, but must be {kind.__name__}. Correct this entry."
-            )
-        data[key] = pd.Series(values, dtype={int: np.int64, float: np.float64, str: str}.get(kind, object))
-    return pd.DataFrame(data)
-
-
-def _is_sound(value: Any) -> bool:
-    """Tell whether an integer fits 64 bits and a text is Unicode (JSON may hold half a character)."""
-    if type(value) is str:
-        return value.isascii() or not re.search("[\ud800-\udfff]", value)
-    return type(value) is not int or abs(value) < 2**63
-
-
-def box_array(boxes: Iterable, where: str, names: Any = None) -> np.ndarray:
-    """Return boxes, each a list of four numbers (xywh), as float64 [N, 4]. Raises DatasetError for the first that is not."""
-    boxes = list(boxes)
-    for i, box in enumerate(boxes):
-        if type(box) is not list or len(box) != 4 or not all(type(v) in (int, float) and _is_sound(v) for v in box):
-            name = i if names is None else names[i]
-            raise DatasetError(
-                f"{where}[{name}]: {_show(box)} is no box of four numbers [x, y, w, h]. Correct this entry."
-            )
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        with reading(f"{where}, key '{key}',", f"a list of records with {', '.join(kinds)}"):
+            values = [record.get(key) if kind is object else record[key] for record in records]
+            if kind is str:
+                "".join(values).encode()  # JSON may hold half a character
+            if kind is XYWH:
+                columns |= dict(zip(XYWH, np.array(values, dtype=np.float64).reshape(len(values), 4).T, strict=True))
+            else:
+                values = pd.array(values, dtype="Int64") if kind is int else values  # NumPy would make 1 of 1.5
+                columns[key] = pd.Series(values, dtype={int: np.int64, float: np.float64}.get(kind, kind))
+    return pd.DataFrame(columns)
 
 
 def refuse(wrong: Any, where: str, problem: str, names: Any = None) -> None:
-    """Raise DatasetError for the first entry that is wrong, and say how many there are."""
+    """Raise DatasetError for the first entry that is wrong, by its number or name, and say how many there are."""
     rows = np.flatnonzero(np.asarray(wrong, dtype=bool))
     if len(rows):
         name = rows[0] if names is None else names[rows[0]]
         raise DatasetError(f"{where}[{name}]: {problem} ({len(rows)} such entries). Correct the file.")
 
 
-def unique(ids: pd.Series, where: str) -> pd.Index:
-    """Return ids as an index. Raises DatasetError for the first that is there twice."""
-    refuse(ids.duplicated(), where, f"'{ids.name}' is that of an earlier entry too, but must be unique")
-    return pd.Index(ids)
+def _with_plain_keys(code: bytes) -> Callable:
+    def checked(self: Any) -> None:
+        keys = self.stack[-2:-1] if code == pickle.SETITEM else self.stack[::2]
+        if not all(type(key) is str or (type(key) in (int, float) and abs(key) < 2**60) for key in keys):
+            raise pickle.UnpicklingError("a key is neither text nor a number")
+        pickle._Unpickler.dispatch[code[0]](self)
+
+    return checked
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Unpickles lists, dicts, text and numbers only: a pickle may otherwise run any code.
+    """Unpickles plain data only, for a pickle may otherwise run any code.
 
-    It is the pure Python one: in the C one a few damaged bytes can ask for gigabytes of memo. For the same reason
-    BYTEARRAY8 is out, which allocates before it reads. Keys are text or numbers of 60 bits: the hash of nested tuples, or
-    integers with one hash, can take for ever.
+    It is the pure Python one: a few bytes can make the C one (and BYTEARRAY8 here) ask for gigabytes. No sets, and keys
+    are plain: the hash of nested tuples, or of integers made to have the same, can take for ever.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch |= {code[0]: _with_plain_keys(code) for code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT)}
     for code in (pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
         del dispatch[code[0]]
 
     def find_class(self, module: str, name: str) -> Any:
-        raise _RefusedError(f"{module}.{name}"[:100])
-
-    def _checked(load: Callable, one: bool) -> Callable:  # type: ignore[misc]
-        def checked(self: Any) -> None:
-            keys = self.stack[-2:-1] if one else self.stack[::2]
-            if not all(type(key) in (str, float) or (type(key) is int and abs(key) < 2**60) for key in keys):
-                raise pickle.UnpicklingError("it has keys that are neither text nor numbers")
-            load(self)
-
-        return checked
-
-    for code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT):
-        dispatch[code[0]] = _checked(dispatch[code[0]], code == pickle.SETITEM)
-
-
-class _RefusedError(Exception):
-    pass
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}"[:99] + ", which was refused and not executed")
 
 
 def _unpickle(path: Path) -> Any:
     """Return the content of a pickle of plain data, of any protocol, from Python 2 or 3. Nothing in it is executed."""
     data = read_bytes(path, MAX_PICKLE)
-    try:
-        try:
+    with reading(path, "a whole pickle of lists, dicts, text and numbers, from where you trust it"):
+        with contextlib.suppress(UnicodeDecodeError):
             return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-        except UnicodeDecodeError:  # byte strings of Python 2 in another encoding; Latin-1 reads any byte
-            return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except _RefusedError as error:
-        raise DatasetError(f"{path}: asks for {error}, which was refused and not executed: it may hold lists, dicts, text and "
-                           "numbers. Do not trust this file.") from None  # fmt: skip
-    except Exception as error:  # damaged opcodes raise nearly anything
-        problem = f"is no whole pickle of plain data ({type(error).__name__}: {_show(str(error))})"
-        raise DatasetError(f"{path}: {problem}. Get the file again.") from error
+        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()  # Python 2's byte strings may be anything
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Return the content of a regular file. Raises DatasetError when it is missing, none, or of more than `limit` bytes."""
-    try:
-        if path.exists() and not path.is_file():
-            raise DatasetError(f"{path}: is no regular file. Pass the path of one.")
-        if path.stat().st_size > limit:
-            raise DatasetError(f"{path}: has more than {limit:,} bytes, which is the limit. Pass a smaller file.")
+    """Return the content of a regular file. Raises DatasetError when it is missing, no such, or larger than `limit`."""
+    with reading(path, f"the path of a regular file of at most {limit:,} bytes"):
+        if path.stat().st_size > limit or not path.is_file():
+            raise ValueError("it is a folder or a device, or too large")
         return path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file. Raises DatasetError when it is missing or malformed."""
-    try:
+    with reading(path, "a whole file of valid JSON"):
         return json.loads(read_bytes(Path(path)))
-    except DatasetError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path}: is not valid JSON ({error}). Check that the file is whole.") from error
 
 
 def write_file(path: str | Path, content: bytes | Callable[[Path], Any]) -> None:
     """Write a file whole or not at all: `content`, or what a function writes to the temporary path that it is given.
 
-    The temporary name has the suffix of `path` and the process in it, so that two may write at once. Raises DatasetError
-    where a link or a folder has the name.
+    That path has the suffix of `path` and the process in its name. DatasetError where a link or folder has the name.
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -515,20 +390,3 @@ def write_file(path: str | Path, content: bytes | Callable[[Path], Any]) -> None
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _show(value: Any) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return f"a {type(value).__name__}"
-
-
-def _count(notes: pd.Series) -> dict[str, int]:
-    return {what: int((notes == what).sum()) for what in (CLIPPED, NO_AREA, NO_TEXT, DEGENERATE)}
-
-
-def _splits_of(mark: str) -> set[str]:
-    """The splits that expressions marked so belong to: {"testA", "testB"} for "testAB", else itself."""
-    several = re.fullmatch("test([A-Z]{2,})", mark)
-    return {f"test{letter}" for letter in several[1]} if several else {mark}
