@@ -104,9 +104,10 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     rows, images = _picks(pairs, {**scores, "oracle": pairs.iou})
     above, iou = (values[rows].double().numpy().T for values in (pairs.intersection, pairs.iou))
     below = np.maximum(pairs.union[rows].double().numpy().T, 1e-9)  # nothing but empty masks: oIoU 0
+    deltas: dict[str, Any] = {}
     measures: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"oiou": (above, below), "miou": (iou, None)}
     measures |= {f"p{round(100 * t)}": ((iou >= t).astype(np.float64), None) for t in RIS_THRESHOLDS}
-    columns, deltas = _start(setting, [*scores, "oracle"], len(iou)), {}
+    columns = _start(setting, [*scores, "oracle"], len(iou))
     for name, (top, bottom) in measures.items():
         value = top.sum(0) / (len(top) if bottom is None else bottom.sum(0))
         low, high = cluster_bootstrap(top, images, bottom, seed=seed)

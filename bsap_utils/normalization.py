@@ -1,9 +1,9 @@
 """BSAP, BSAP-H and the training-free corrections beside them, each a line or a few on the table of pairs.
 
-METHODS[name](s, a, pairs, **options) -> [P]: `s` [P] is CLIP's logit of every (expression, candidate), `a` [C, M] the
-logits of every candidate against every auxiliary prompt, `pairs` anything with integer tensors `expression` and
-`candidate` [P]. Higher is better. Nearly all are one family, s − w · pool_T(a): one number taken off a region, whatever
-is asked (`shift_and_scale`), with pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mean (T = ∞).
+METHODS[name](s, a, pairs, **options) -> [P]: `s` [P] is CLIP's logit of each pair, `a` [C, M] the logits of every candidate
+and every auxiliary prompt, `pairs` anything with integer tensors `expression` and `candidate` [P]. Higher is better.
+Nearly all are one family, s − w · pool_T(a): one number taken off a region, whatever is asked (`shift_and_scale`), with
+pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mean (T = ∞).
 
     method           taken off a region          w    source; what it becomes as a ranking of regions
     clip             nothing                     0    Radford et al. 2021
@@ -24,7 +24,7 @@ is asked (`shift_and_scale`), with pool_T(a) = T · log(mean_m exp(a_m / T)), fr
 
 Label priors, Frolic and prompt weighting are one number a text: they cannot change a ranking of regions. Local scaling
 is a multiplicative csls. GR-CLIP needs features (`centred`), QB-Norm's dynamic form a gallery (`qb_norm_dynamic`). A bank
-an image: entries of −inf in `a` are left out of pools and k largest, and a region without any is not shifted.
+for each image: entries of −inf in `a` are left out of pools and largest (at finite T up to a constant of the image).
 Computed in float64, where pools are exact at any temperature in 1e-6 … 1e6 or ∞; others are ValueErrors.
 """
 
@@ -34,16 +34,13 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
-if TYPE_CHECKING:
-    from .regions import Pairs
-
-_FLAT = 1e-4  # a spread of logits below it is rounding: such a region is only shifted
+from .regions import Pairs
 
 
 def pool(a: Tensor, temperature: float = 1.0) -> Tensor:
@@ -54,28 +51,22 @@ def pool(a: Tensor, temperature: float = 1.0) -> Tensor:
     >>> pool(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), temperature=math.inf)
     tensor([0., 2.], dtype=torch.float64)
     """
-    if not 1e-6 <= temperature <= 1e6 and temperature != math.inf:
-        raise ValueError(f"temperature is {temperature}: it must lie between 1e-6 and 1e6, or be inf for the mean.")
-    a = a.double()
-    left_out = (a == -math.inf).sum(1)
-    count = a.shape[1] - left_out
+    return _pool(a.double(), temperature)
+
+
+def _pool(a: Tensor, temperature: float) -> Tensor:
     if temperature == math.inf:
-        return a.where(a > -math.inf, 0).sum(1) / count.clamp(min=1)
+        kept = a > -math.inf
+        return a.where(kept, 0).sum(1) / kept.sum(1)
+    if not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"temperature is {temperature}: it must lie between 1e-6 and 1e6, or be inf for the mean.")
     top = a.amax(1, keepdim=True)
-    above = ((a - top) / temperature).expm1().sum(1) + left_out  # exp − 1 keeps the digits where T is large
-    return (top[:, 0] + temperature * (above / count).log1p()).where(count > 0, 0)
+    # exp − 1 keeps its digits where T is large and exp is nearly 1
+    return top[:, 0] + temperature * ((a - top).div_(temperature).expm1_().mean(1)).log1p()
 
 
 def bsap(s: Tensor, a: Tensor, pairs: Pairs, temperature: float = 1.0) -> Tensor:
-    """Return BSAP, exp(s/T) / (exp(s/T) + Σ_m exp(a_m/T)), [P] in [0, 1] (arXiv 2402.18400).
-
-    It ties where it rounds to 0 or 1: rank by METHODS["bsap"], which does not.
-
-    >>> from types import SimpleNamespace
-    >>> pairs = SimpleNamespace(expression=torch.tensor([0, 0]), candidate=torch.tensor([0, 1]))
-    >>> bsap(torch.tensor([3.0, 0.0]), torch.zeros(2, 2), pairs).round(decimals=4)
-    tensor([0.9094, 0.3333], dtype=torch.float64)
-    """
+    """Return BSAP, exp(s/T) / (exp(s/T) + Σ_m exp(a_m/T)), [P] in [0, 1]: to rank, METHODS["bsap"] does not saturate."""
     return _log_odds(s, a, pairs, temperature).sigmoid()
 
 
@@ -97,7 +88,7 @@ def _log_softmax(s: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _log_odds(s: Tensor, a: Tensor, pairs: Pairs, temperature: float) -> Tensor:
-    bias = pool(a, temperature) / temperature + (a > -math.inf).sum(1).log()
+    bias = pool(a, temperature) / temperature + math.log(a.shape[1])
     return s.double() / temperature - bias[pairs.candidate]
 
 
@@ -111,8 +102,8 @@ def calibrated_weight(pooled: Tensor, mean_logit: Tensor, image: Tensor) -> floa
     0.5
     """
     values = torch.stack([pooled, mean_logit], 1).double()
-    total = values.new_zeros(int(image.max()) + 1, 2).index_add(0, image, values)
-    x, y = (values - (total / image.bincount().clamp(min=1)[:, None])[image]).T
+    total = values.new_zeros(int(image.max()) + 1, 2).index_add(0, image, values)[image]
+    x, y = (values - total / image.bincount()[image][:, None]).T
     return float(x @ y / (x @ x)) if x.abs().max() > 1e-9 else 0.0
 
 
@@ -125,6 +116,10 @@ def shift_and_scale(a: Tensor, name: str = "bsap", **options: Any) -> tuple[Tens
     >>> shift_and_scale(torch.tensor([[1.0, 3.0]]), "bsap_zscore")
     (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
+    return _shift_and_scale(a.double(), name, options)
+
+
+def _shift_and_scale(a: Tensor, name: str, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if name not in _CORRECTIONS:
         raise ValueError(f"{name!r} is not a shift and a scale of each region; {', '.join(_CORRECTIONS)} are.")
     result = _CORRECTIONS[name](a, **options)
@@ -133,33 +128,32 @@ def shift_and_scale(a: Tensor, name: str = "bsap", **options: Any) -> tuple[Tens
 
 @torch.no_grad()
 def shift_and_scale_from_features(
-    features: Tensor, aux_features: Tensor, logit_scale: float, name: str = "bsap", block: int = 2**18, **options: Any
+    features: Tensor, aux_features: Tensor, logit_scale: float, name: str = "bsap", block: int = 2**17, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Return `shift_and_scale` of unit features, [C, D] and [M, D] -> [C], [C], holding about `block` logits at a time.
 
-    For methods that look at a region alone, and for "sinkhorn", which passes over the features once an iteration; not
-    for "bsap_calibrated", which is `calibrated_weight` times the shift of "bsap", nor for "db_norm".
+    In the features' precision. For methods that look at one region, and "sinkhorn" (a pass over the features for each
+    iteration); not for "db_norm" and "bsap_calibrated", which is `calibrated_weight` times the shift of "bsap".
     """
     scaled = (aux_features * logit_scale).T.contiguous()
     parts = features.split(max(block // len(aux_features), 32))
+    offset = scaled.new_zeros(scaled.shape[1])
     if name == "sinkhorn":
-        scaled_part = lambda part: part @ scaled  # noqa: E731
-        potentials = prompt_potentials(lambda: map(scaled_part, parts), **options)
-        found = [(pool(part @ scaled - potentials, options.get("temperature", 1.0)),) * 2 for part in parts]
-        return torch.cat([shift for shift, _ in found]), torch.ones(len(features), dtype=torch.float64)
-    found = [shift_and_scale(part @ scaled, name, **options) for part in parts]
-    return torch.cat([shift for shift, _ in found]), torch.cat([scale for _, scale in found])
+        offset = -prompt_potentials(lambda: (part @ scaled for part in parts), **options).to(offset)
+        name, options = "bsap", {"temperature": options.get("temperature", 1.0)}
+    found = (_shift_and_scale(torch.addmm(offset, part, scaled), name, options) for part in parts)
+    shift, scale = map(torch.cat, zip(*found, strict=True))
+    return shift.double(), scale.double()
 
 
 def prompt_potentials(blocks: Callable[[], Iterable[Tensor]], temperature: float = 1.0, iterations: int = 10) -> Tensor:
-    """Return Sinkhorn's potential of each prompt, [M]: what it is preferred by beyond its share of the candidates.
+    """Return Sinkhorn's potential of each prompt, [M], from the rows of `a` [C, M], which `blocks()` yields some at a time.
 
-    `blocks()` yields the rows of `a` [C, M] some at a time. A candidate's shift is pool_T(a − potentials): its own row is
-    all it needs, so that it can be added to an index later. T must be finite.
+    A candidate's shift is pool_T(a − potentials), of its own row: it can be added to an index later. T is finite.
     """
     potentials = torch.zeros(())
     for _ in range(iterations - 1):
-        shares = [((a - pool(a - potentials, temperature)[:, None]) / temperature).logsumexp(0) for a in blocks()]
+        shares = [((a - _pool(a - potentials, temperature)[:, None]) / temperature).logsumexp(0) for a in blocks()]
         total = torch.stack(shares).logsumexp(0)
         potentials = temperature * (total - total.mean())
     return potentials
@@ -185,51 +179,40 @@ def default_options(name: str) -> dict[str, Any]:
     >>> default_options("nnn"), default_options("bsap_h")
     ({'k': 128, 'weight': 0.75}, {'weight': 0.5, 'temperature': 1.0})
     """
-    parameters = signature(_CORRECTIONS.get(name) or METHODS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    function = _CORRECTIONS.get(name) or METHODS[name]
+    return {p.name: p.default for p in signature(function).parameters.values() if p.default is not p.empty}
 
 
 def _nearest(a: Tensor, k: int, weight: float) -> Tensor:
-    return weight * pool(a.topk(min(k, a.shape[1])).values, math.inf)
+    return weight * _pool(a.topk(min(k, a.shape[1])).values, math.inf)
 
 
-def _zscore(a: Tensor) -> tuple[Tensor, Tensor]:
-    deviation = a.double().std(1, correction=0)
-    return pool(a, math.inf), deviation.where(deviation > _FLAT, 1)
-
-
-def _minmax(a: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = a.double().aminmax(dim=1)
-    return low, (high - low).where(high - low > _FLAT, 1)
-
-
-def _calibrated(a: Tensor, mean_logit: Tensor, image: Tensor, temperature: float = 1.0) -> Tensor:
-    pooled = pool(a, temperature)
-    return calibrated_weight(pooled, mean_logit, image) * pooled
-
-
-def _sinkhorn(a: Tensor, temperature: float = 1.0, iterations: int = 10) -> Tensor:
-    return pool(a - prompt_potentials(lambda: [a.double()], temperature, iterations), temperature)
+def _or_one(spread: Tensor) -> Tensor:
+    return spread.where(spread > 2e-5, 1)  # logits that differ by rounding only: such a region is just shifted
 
 
 def _dual(a: Tensor, image_logits: Tensor, temperature: float = 199.0, image_temperature: float = 100 / 3) -> Tensor:
-    """T = scale / β with the authors' β₁ = 1/1.99 and β₂ = 3 at CLIP's scale of 100; `image_logits` [C, K] at that too."""
-    texts, images = pool(a, temperature), pool(image_logits, image_temperature)
+    """T = scale / β: the authors' β₁ = 1/1.99 and β₂ = 3, at CLIP's scale of 100 (that of `image_logits` [C, K] too)."""
+    texts, images = _pool(a, temperature), pool(image_logits, image_temperature)
     return (image_temperature * texts + temperature * images) / (temperature + image_temperature)
 
 
 _CORRECTIONS: dict[str, Callable[..., Any]] = {
-    "clip": lambda a: a.new_zeros(len(a), dtype=torch.float64),
-    "bsap": lambda a, temperature=1.0: pool(a, temperature),
-    "bsap_minmax": _minmax,
-    "bsap_zscore": _zscore,
-    "subtraction": lambda a, weight=1.0: weight * pool(a, math.inf),
-    "dn": lambda a, weight=0.5: weight * pool(a, math.inf),
+    "clip": lambda a: a.new_zeros(len(a)),
+    "bsap": lambda a, temperature=1.0: _pool(a, temperature),
+    "bsap_minmax": lambda a: (a.amin(1), _or_one(a.amax(1) - a.amin(1))),
+    "bsap_zscore": lambda a: (a.mean(1), _or_one(a.std(1, correction=0))),
+    "subtraction": lambda a, weight=1.0: weight * _pool(a, math.inf),
+    "dn": lambda a, weight=0.5: weight * _pool(a, math.inf),
     "nnn": lambda a, k=128, weight=0.75: _nearest(a, k, weight),
     "csls": lambda a, k=10, weight=0.5: _nearest(a, k, weight),
-    "qb_norm": lambda a, temperature=5.0: pool(a, temperature),  # the source has β = 20, at CLIP's scale of 100
-    "bsap_calibrated": _calibrated,
-    "sinkhorn": _sinkhorn,
+    "qb_norm": lambda a, temperature=5.0: _pool(a, temperature),  # the source's β = 20 at CLIP's scale of 100
+    "bsap_calibrated": lambda a, mean_logit, image, temperature=1.0: (
+        calibrated_weight(pooled := _pool(a, temperature), mean_logit, image) * pooled
+    ),
+    "sinkhorn": lambda a, temperature=1.0, iterations=10: _pool(
+        a - prompt_potentials(lambda: [a], temperature, iterations), temperature
+    ),
     "db_norm": _dual,
 }
 
