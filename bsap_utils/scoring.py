@@ -1,9 +1,9 @@
 """CLIP scoring: each region and each distinct text encoded once, and the logits that every correction starts from.
 
-Features are kept on disk, so that a second run encodes nothing. A file `SPACE-DIGEST.safetensors` of the cache holds the
-features of a group of images (or texts) and their keys: SPACE is a digest of all that they depend on (weights, model,
-visual prompt and its code, precision, versions), DIGEST one of the file's bytes. A key is a digest of the picture's
-bytes, the box and, for prompts that show it, the mask: whoever replaces, moves or copies a picture cannot be fooled.
+Features are kept on disk, so that a second run encodes nothing. A file `SPACE-DIGEST.safetensors` holds those of a group
+of images (or texts) with their keys. SPACE is a digest of all that they depend on (weights, model, visual prompt and its
+code, precision, versions), DIGEST one of the file's bytes; a key is a digest of the picture's bytes, the box and, where
+the prompt shows it, the mask. Bytes, not names or times: a picture that is replaced or moved is not taken for another.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ import difflib
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import re
 import warnings
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
 
 import httpx
-import huggingface_hub
 import numpy as np
 import open_clip
 import pandas as pd
@@ -33,9 +31,11 @@ import safetensors.torch
 import torch
 import torchvision
 from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import normalize
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from . import ROOT, visual_prompts
@@ -44,23 +44,23 @@ from .global_local import encode_masked, has_patch_tokens
 from .regions import Pairs, decode_masks
 from .visual_prompts import MASK_PROMPTS, VISUAL_PROMPTS, check_prompts, patch_masks, show_regions, squash
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Picture = Path | str | bytes | BinaryIO | Image.Image | torch.Tensor
 TEMPLATE = "a photo of {}"  # ReCLIP's text: "a photo of " + the expression in lower case
 SAMPLE_MODEL = "local-dir:data/clip-refshapes"
-PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16", "pure_fp16")
-VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy")
-CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}  # fmt: skip
+NETWORK = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy",
+           "SSL_CERT_FILE", "SSL_CERT_DIR")  # fmt: skip
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-SHARD = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.\d+\.part)?\.safetensors")
+SHARD = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.\d+\.part)?\.safetensors")  # with a part's name of `write_file`
+ARCHIVE = """it is a TorchScript archive, the form of OpenAI's own files, which holds code and is not opened. Use \
+pretrained='openai'; or, where you trust it, torch.save(open_clip.load_openai_model(PATH, device='cpu').state_dict(), \
+'NEW.pt') with the -quickgelu model"""
+OBJECTS = """it holds other objects (of NumPy, say) beside the weights, as training checkpoints do, and a pickle is not \
+run. Where you trust it, keep the weights: torch.save(torch.load(PATH, weights_only=False)['state_dict'], 'NEW.pt')"""
 
 
 class ModelError(RuntimeError):
     """A model that cannot be used: unknown, without weights, or not reachable. The message says what to do."""
-
-
-# Models by name
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -69,218 +69,135 @@ def pick_device(device: str = "auto") -> torch.device:
     >>> pick_device("cpu")
     device(type='cpu')
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return torch.device(next(kind for kind, found in there.items() if found))
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ModelError(f"device={device!r} is none: use auto, cpu, cuda or mps.") from None
-    if not there.get(chosen.type, True) or (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ModelError(f"device={device!r} was asked for, and PyTorch finds none here: use device='auto' or 'cpu'.")
-    return chosen
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    there = [kind for kind, count in counts.items() if count]
+    kind, _, number = device.partition(":")
+    if device != "auto" and not (kind in there and (number or "0").isdecimal() and int(number or 0) < counts[kind]):
+        raise ModelError(f"device={device!r} is not on this machine, which has {', '.join(there)}. Use 'auto'.")
+    return torch.device(there[0] if device == "auto" else device)
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """Return open_clip's name of the precision: "auto" is bf16 on a GPU that has it, else fp32. Raises ModelError.
-
-    >>> pick_precision("auto", torch.device("cpu"))
-    'fp32'
-    """
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if precision not in PRECISIONS:
-        raise ModelError(f"precision={precision!r} is unknown: use auto, {', '.join(PRECISIONS)}.")
-    return precision
-
-
-def network_problem() -> str:
-    """Return what is wrong with the environment's network variables, naming the first such; "" where nothing is."""
-    for name in CERTIFICATES:
-        if (value := os.environ.get(name)) and not Path(value).exists():
-            return f"{name}={value} is no file here: correct or unset it"
-    for name in VARIABLES:
-        value = os.environ.get(name, "")
-        try:
-            httpx.Client(proxy=value if "://" in value else f"http://{value}").close() if value else None
-        except (ValueError, ImportError, httpx.InvalidURL) as error:
-            return f"{name}={value} cannot be used as a proxy ({error}): set it to http://HOST:PORT, or unset it"
-    with contextlib.suppress(ValueError):
-        if (parts := urlsplit(hub.ENDPOINT)).scheme in ("http", "https") and parts.hostname:
-            return ""
-    return f"HF_ENDPOINT={hub.ENDPOINT} is no address: set it to one like https://huggingface.co, or unset it"
+    """Return open_clip's name of the precision: "auto" is bf16 on a GPU that has it, else fp32. Raises ModelError."""
+    if precision not in ("auto", *DTYPES):
+        raise ModelError(f"precision={precision!r} is unknown: use auto, {', '.join(DTYPES)}.")
+    halves = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision if precision != "auto" else "bf16" if halves else "fp32"
 
 
 def hub_problem() -> str:
-    """Return why the Hugging Face hub does not answer, "" where it does. Asks once, for three seconds at most.
+    """Return why the Hugging Face hub does not answer, with the variables to look at, or "" where it does.
 
-    Its own client would go on trying for half a minute.
+    It is asked once, for three seconds at most: its own client would go on trying for half a minute.
     """
     if hub.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if problem := network_problem():
-        return problem
     try:
         httpx.head(hub.ENDPOINT, timeout=3)
-    except (httpx.HTTPError, OSError):
-        return f"{hub.ENDPOINT} cannot be reached"
+    except Exception as error:  # also for addresses and proxies that are none, and certificates that are not there
+        names = " ".join(f"{name}={os.environ[name]}" for name in NETWORK if os.environ.get(name))
+        return f"{hub.ENDPOINT} cannot be reached ({error}{names and f'; correct or unset {names}'})"
     return ""
 
 
-def where_to_get(model: str, pretrained: str) -> str:
-    """Return what to download, from where, and how to use it on a machine without a network."""
-    if model.startswith("hf-hub:"):
-        repository, file = model.removeprefix("hf-hub:"), "all its files"
-        use = "put them into a folder and use model='local-dir:FOLDER'"
-    else:
-        record = open_clip.get_pretrained_cfg(model, pretrained)
-        repository, _, file = record.get("hf_hub", "").rpartition("/")
-        file = file or "open_clip_model.safetensors"
-        use = f"use model={_with_gelu(model, record)!r}, pretrained='PATH/TO/FILE'"
-        if not repository:
-            return f"download {record.get('url')} on a machine with a network and {use}"
-    return f"on a machine with a network download {file} of {hub.ENDPOINT}/{repository} and {use}"
-
-
-def _with_gelu(model: str, record: dict) -> str:
-    """Return the name under which open_clip computes what a record's weights were trained with."""
-    twin = f"{model}-quickgelu"
-    return twin if record.get("quick_gelu") and twin in open_clip.list_models() else model
+def _record(model: str, pretrained: str) -> dict[str, Any]:
+    """Return open_clip's record of weights, {} of a file or folder. Raises ModelError with the nearest known names."""
+    schema, _, name = model.partition(":")
+    if schema == "local-dir" and not (Path(name) / "open_clip_config.json").is_file():
+        raise ModelError(f"{name}: no open_clip_config.json there. Give a model's folder, as {SAMPLE_MODEL}.")
+    if schema in ("local-dir", "hf-hub"):
+        return {"hf_hub": f"{name}/"} if schema == "hf-hub" else {}
+    if model not in open_clip.list_models():
+        raise ModelError(f"open_clip has no model {model!r}. Nearest: {_nearest(model, open_clip.list_models())}; "
+                         "or give 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'.")  # fmt: skip
+    record = open_clip.get_pretrained_cfg(model, pretrained)
+    if record.get("quick_gelu") and (twin := _twin(model)) and pretrained.lower() != "openai":
+        raise ModelError(f"QuickGELU mismatch: {pretrained!r} was trained with it, {model} is without. Use {twin!r}.")
+    if not record and not Path(pretrained).is_file():
+        tags = _nearest(pretrained, open_clip.list_pretrained_tags_by_model(model))
+        raise ModelError(f"{pretrained!r} is no file, and no weights that open_clip has for {model}. Nearest: {tags}.")
+    return record
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, known, 6, 0.3) or sorted(known)[:6])
 
 
-def check_names(model: str, pretrained: str) -> None:
-    """Raise ModelError, with the nearest known names, for what open_clip does not know or would load wrongly."""
-    if model.startswith("local-dir:"):
-        folder = Path(model.removeprefix("local-dir:"))
-        if not (folder / "open_clip_config.json").is_file():
-            raise ModelError(f"{folder}: no open_clip_config.json there. Give an open_clip model's folder, "
-                             f"e.g. {SAMPLE_MODEL}.")  # fmt: skip
-    if ":" in model:
-        return
-    if model not in open_clip.list_models():
-        raise ModelError(f"open_clip has no model {model!r}. Nearest: {_nearest(model, open_clip.list_models())}. "
-                         "Also possible: 'hf-hub:OWNER/NAME' or 'local-dir:FOLDER'.")  # fmt: skip
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    record = open_clip.get_pretrained_cfg(model, pretrained)
-    lacks = record.get("quick_gelu") and not open_clip.get_model_config(model).get("quick_gelu")
-    if lacks and pretrained.lower() != "openai":  # everybody calls OpenAI's by the plain name, and gets QuickGELU
-        raise ModelError(f"QuickGELU mismatch: the weights {pretrained!r} were trained with it, and {model} computes "
-                         f"without. Use model={model + '-quickgelu'!r}.")  # fmt: skip
-    if not record and not Path(pretrained).is_file():
-        what = (
-            f"{pretrained}: no such file"
-            if "/" in pretrained
-            else f"open_clip has no weights {pretrained!r} for {model}"
-        )
-        raise ModelError(f"{what}. Give a checkpoint file, or one of: {_nearest(pretrained, tags)}.")
+def _twin(model: str) -> str:
+    """Return the name of the same model with QuickGELU, "" where there is none or this is it."""
+    return f"{model}-quickgelu" if f"{model}-quickgelu" in open_clip.list_models() else ""
 
 
-def find_weights(model: str, pretrained: str = "openai") -> Path:
-    """Return the file on this machine that `ClipScorer(model, pretrained)` takes its weights from. Raises ModelError.
+def find_weights(model: str, pretrained: str = "openai", problem: str = "") -> Path:
+    """Return the file here that `ClipScorer(model, pretrained)` takes its weights from, looked for where open_clip does.
 
-    open_clip looks in Hugging Face's cache where its record names a repository, else in ~/.cache/clip.
+    Raises ModelError, which `problem`, why nothing can be fetched, becomes a part of.
 
     >>> find_weights("local-dir:data/clip-refshapes").name
     'open_clip_model.safetensors'
     """
-    check_names(model, pretrained)
-    record = {} if ":" in model else open_clip.get_pretrained_cfg(model, pretrained)
-    source = f"{model.removeprefix('hf-hub:')}/" if model.startswith("hf-hub:") else record.get("hf_hub", "")
-    repository, _, name = source.rpartition("/")
-    if model.startswith("local-dir:"):
-        place = Path(model.removeprefix("local-dir:"))
-        found = [file for kind in ("safetensors", "bin", "pth") for file in sorted(place.glob(f"*.{kind}"))]
-    elif repository:
-        place = Path(hub.HF_HUB_CACHE)
+    record, folder = _record(model, pretrained), model.partition(":")[2]
+    repository, _, name = record.get("hf_hub", "").rpartition("/")
+    if repository:
         names = (Path(name).with_suffix(".safetensors").name, name) if name else WEIGHTS
-        files = [huggingface_hub.try_to_load_from_cache(repository, one) for one in names]
-        found = [Path(file) for file in files if isinstance(file, str)]
+        found = [Path(str(try_to_load_from_cache(repository, one) or "")) for one in names]
+    elif folder:
+        found = [file for kind in ("safetensors", "bin", "pth") for file in sorted(Path(folder).glob(f"*.{kind}"))]
     else:
-        place = Path("~/.cache/clip").expanduser() / record["url"].rpartition("/")[2] if record else Path(pretrained)
-        found = [place] if place.is_file() else []
-    if not found:
-        raise ModelError(f"The weights of {model} {pretrained} are not in {place}: {where_to_get(model, pretrained)}.")
-    return found[0]
+        found = [Path("~/.cache/clip", record["url"].rpartition("/")[2]).expanduser() if record else Path(pretrained)]
+    if here := next(filter(Path.is_file, found), None):
+        return here
+    source = f"{name or WEIGHTS[0]} of {hub.ENDPOINT}/{repository}" if repository else record.get("url", WEIGHTS[0])
+    own = (record.get("quick_gelu") and _twin(model)) or model
+    use = "model='local-dir:FOLDER' with all its files" if folder else f"model={own!r}, pretrained='PATH/TO/FILE'"
+    raise ModelError(f"The weights of {model} {pretrained} are not on this machine{problem and f', and {problem}'}. On one "
+                     f"with a network download {source}, and use {use}; or try the sample's {SAMPLE_MODEL!r}.")  # fmt: skip
 
 
-def _check_gelu(model: str, file: Path) -> None:
-    """Raise ModelError where a checkpoint is OpenAI's and the model computes plain GELU; warn where nobody can tell."""
-    twin = f"{model}-quickgelu"
-    if twin not in open_clip.list_models():
-        return
-    marks, weight = f"{file.name} {file.resolve()}", torch.zeros(0)
+def _refuse_plain_gelu(model: str, file: Path) -> None:
+    """Raise ModelError where a checkpoint is OpenAI's and the model is without QuickGELU; warn where nobody can tell."""
+    marks, weight = f"{file.name} {file.parent}", torch.ones(1)
     with contextlib.suppress(Exception):  # what cannot be read is explained where it is loaded
-        if file.suffix == ".safetensors":
-            with safetensors.safe_open(file, "pt") as content:
-                marks += f" {content.metadata()}"
-                weight = content.get_tensor("visual.conv1.weight")
-        else:
-            state = open_clip.factory.load_state_dict(str(file))
-            marks += " openai" * ("input_resolution" in state)
-            weight = state["visual.conv1.weight"]
+        state = open_clip.factory.load_state_dict(str(file))
+        marks += " openai" * ("input_resolution" in state)
+        weight = state["visual.conv1.weight"]
+        marks += str(safetensors.safe_open(file, "pt").metadata()) if file.suffix == ".safetensors" else ""
     # OpenAI's were made in half precision, and still are such numbers when somebody stored them in single precision
-    halves = (
-        weight.dtype != torch.bfloat16 and bool(weight.any()) and torch.equal(weight.half().to(weight.dtype), weight)
-    )
-    if halves or re.search(r"\bopenai\b", marks, re.IGNORECASE):
-        raise ModelError(f"{file} holds OpenAI's weights by its name, metadata or half-precision numbers: they were trained "
-                         f"with QuickGELU, and {model} computes without. Use model={twin!r}; for others' weights, a "
-                         "'local-dir:' folder, whose open_clip_config.json says it.")  # fmt: skip
-    warnings.warn(f"{file} does not say what it was trained with, and {model} computes plain GELU. Where it is OpenAI's, "
-                  f"MetaCLIP's or DFN's, use model={twin!r}.", stacklevel=4)  # fmt: skip
-
-
-EXPLANATIONS = {
-    "TorchScript": "it is a TorchScript archive, the form of OpenAI's own files, which holds code and is not opened. If you "
-                   "trust it, save its weights once, torch.save(open_clip.load_openai_model({file!r}, device='cpu')"
-                   ".state_dict(), 'NEW.pt'), and use those with a '-quickgelu' model; or use pretrained='openai'",
-    "weights_only": "it is a training checkpoint with other objects (such as NumPy's) beside the weights, which are not "
-                    "unpickled. If you trust it, save its weights alone: "
-                    "torch.save(torch.load({file!r}, weights_only=False)['state_dict'], 'NEW.pt')",
-}  # fmt: skip
+    halves = weight.ndim == 4 and weight.dtype != torch.bfloat16 and torch.equal(weight.half().to(weight.dtype), weight)
+    if halves or "openai" in marks.lower():
+        raise ModelError(f"{file} holds OpenAI's weights, by its name, metadata or half-precision numbers: trained with "
+                         f"QuickGELU, which {model} is without. Use {_twin(model)!r}; others' weights, in a 'local-dir:' "
+                         "folder, whose open_clip_config.json says what they need.")  # fmt: skip
+    warnings.warn(f"{file} does not say whether it was trained with QuickGELU, and {model} is without. Weights of OpenAI, "
+                  f"MetaCLIP and DFN need {_twin(model)!r}.", stacklevel=5)  # fmt: skip
 
 
 def _load(model: str, pretrained: str, precision: str, device: torch.device) -> tuple[Any, Any, dict[str, Any]]:
     """Return open_clip's model, tokenizer and configuration. Raises ModelError."""
-    check_names(model, pretrained)
-    record = {} if ":" in model else open_clip.get_pretrained_cfg(model, pretrained)
-    if not (record or ":" in model):
-        _check_gelu(model, Path(pretrained))
-    text = {} if model.startswith("hf-hub:") else open_clip.get_model_config(model).get("text_cfg", {})
-    wants = record or model.startswith("hf-hub:") or "hf_model_name" in text or "hf_tokenizer_name" in text
-    problem, before = hub_problem() if wants else "", hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or bool(problem)  # its cache then answers at once, without a try at the network
-    what = f"{model} {pretrained}".strip()
+    record, text = _record(model, pretrained), {}
+    if not model.startswith("hf-hub:"):
+        text = open_clip.get_model_config(model)["text_cfg"]
+    problem = hub_problem() if record or {"hf_tokenizer_name", "hf_model_name"} & set(text) else ""
+    file, what = find_weights(model, pretrained, problem) if problem or not record else Path(), f"{model} {pretrained}"
+    if not record and _twin(model):
+        _refuse_plain_gelu(model, file)
+    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, bool(problem)  # its cache then answers at once, without a try
     try:
         net = open_clip.create_model(model, pretrained or None, precision=precision, device=device, require_pretrained=True,
                                      force_quick_gelu=bool(record) and pretrained.lower() == "openai")  # fmt: skip
-        what = f"the tokenizer {text.get('hf_tokenizer_name', '')} of {model}"
+        what = f"The tokenizer {text.get('hf_tokenizer_name', '')} of {model}"
         return net, open_clip.get_tokenizer(model), open_clip.get_model_config(model)
     except Exception as error:
-        said = " ".join(str(error).split())
-        if "tokenizer" in what:
-            remedy = "Put its tokenizer.json and tokenizer_config.json into the folder of a 'local-dir:' model"
-            raise ModelError(f"{what} is not on this machine{problem and f', and {problem}'}. {remedy}.") from error
-        if problem:
-            raise ModelError(f"The weights of {what} are not on this machine, and {problem}. What to do: "
-                             f"{where_to_get(model, pretrained)}, or use the sample's, {SAMPLE_MODEL!r}.") from error  # fmt: skip
-        why = next((text.format(file=pretrained) for mark, text in EXPLANATIONS.items() if mark in said), said[:300])
-        raise ModelError(
-            f"{what} could not be loaded: {why}. Check that the file is whole and of this model."
-        ) from error
+        why = " ".join(str(error).split())
+        why = ARCHIVE if "TorchScript" in why else OBJECTS if "weights_only" in why else why[:200]
+        remedy = "Put its files into a 'local-dir:' model's folder" if "tokenizer" in what else "Is the file whole?"
+        raise ModelError(f"{what} could not be loaded{problem and f', and {problem}'}: {why}. {remedy}.") from error
     finally:
         hub.HF_HUB_OFFLINE = before
 
 
-# Features on disk
-
-
 def cache_folder() -> Path | None:
-    """Return where features are kept: `BSAP_CACHE` where that is set (empty: nowhere, None), else data/cache of the clone."""
+    """Return where features are kept: `BSAP_CACHE` where it is set (empty: nowhere, None), else the clone's data/cache."""
     given = os.environ.get("BSAP_CACHE", ROOT / "data/cache")
     return Path(given).resolve() if given != "" else None
 
@@ -293,8 +210,8 @@ def cache_files(pattern: str = "*") -> list[Path]:
 
 def cache_usage() -> tuple[int, int]:
     """Return how many files the cache has and how many bytes they take."""
-    files = cache_files()
-    return len(files), sum(path.stat().st_size for path in files)
+    sizes = [path.stat().st_size for path in cache_files()]
+    return len(sizes), sum(sizes)
 
 
 def clear_cache() -> tuple[int, int]:
@@ -306,123 +223,92 @@ def clear_cache() -> tuple[int, int]:
 
 
 def digest(*parts: Any) -> str:
-    """Return 32 hexadecimal digits for bytes, or anything that JSON can write; equal for equal parts only.
-
-    >>> digest("crop", [1.0, 2.0]) == digest("crop", [1.0, 2.0]), digest("ab", "c") == digest("a", "bc")
-    (True, False)
-    """
+    """Return 32 hexadecimal digits for bytes, or for anything that JSON can write."""
     content = parts[0] if isinstance(parts[0], bytes) else json.dumps(parts, default=str).encode()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class Store:
-    """Features [N, width] on disk that depend on `about`, found by key; nothing is found or kept where `about` is None."""
+    """Features [N, width] on disk that depend on `about`, by key; nothing is found or kept where that is None."""
 
     def __init__(self, about: dict[str, Any] | None, width: int) -> None:
-        self.folder, self.about, self.width = cache_folder() if about else None, about, width
-        self.space = digest(about)
+        self.folder = cache_folder() if about else None
+        self.about, self.width, self.space = json.dumps(about, default=str), width, digest(about)
 
-    def find(self, keys: Sequence[str]) -> torch.Tensor:
-        """Return the features [N, width] of N keys, NaN where they are not known."""
-        features, rows_of = torch.full((len(keys), self.width), torch.nan), defaultdict(list)
-        for row, key in enumerate(keys):
-            rows_of[key].append(row)
-        for path in cache_files(f"{self.space}-*.safetensors") if self.folder else ():
+    def find(self, keys: Sequence[str]) -> Tensor:
+        """Return the features of N keys, NaN where they are not known."""
+        features = torch.full((len(keys), self.width), torch.nan)
+        for path in cache_files(f"{self.space}-*") if self.folder else ():
             stored, found = self._read(path)
-            pairs = [(row, place) for place, key in enumerate(stored) for row in rows_of.get(key, ())]
-            if pairs:
-                rows, places = (list(one) for one in zip(*pairs, strict=True))
-                features[rows] = found[places]
+            place = torch.from_numpy(pd.Index(stored).get_indexer(keys))
+            features[place >= 0] = found[place[place >= 0]]
         return features
 
-    def _read(self, path: Path) -> tuple[list[str], torch.Tensor]:
-        """Return a file's keys and features. One that is damaged is removed; one that cannot be read is left."""
+    def _read(self, path: Path) -> tuple[list[str], Tensor]:
+        """Return a file's keys and features. One that is damaged is removed; one that cannot be read now is left."""
         try:
             content = path.read_bytes()
-            if digest(content) != path.stem.rpartition("-")[2]:
+            if digest(content) != path.stem[33:]:
                 raise ValueError("its bytes are not those that were written")
             tensors = safetensors.torch.load(content)
-            keys, features = tensors["keys"].numpy(), tensors["features"]
-            if keys.shape != (len(features), 16) or features.shape[1] != self.width:
-                raise ValueError("its tensors have another shape")
-            return [key.tobytes().hex() for key in keys], features
-        except (ValueError, KeyError, safetensors.SafetensorError) as error:
-            with contextlib.suppress(OSError):  # in a read-only cache
+            return [key.numpy().tobytes().hex() for key in tensors["keys"]], tensors["features"].view(-1, self.width)
+        except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            warnings.warn(f"{path}: this part of the cache is damaged ({error}) and encoded again.", stacklevel=4)
+            with contextlib.suppress(OSError):  # of a cache that cannot be written
                 path.unlink()
-            warnings.warn(
-                f"{path}: this part of the feature cache is damaged ({error}); it is encoded again.", stacklevel=4
-            )
         except (OSError, MemoryError) as error:
-            warnings.warn(f"{path}: this part of the feature cache cannot be read now ({error}).", stacklevel=4)
+            warnings.warn(f"{path}: this part of the cache cannot be read now ({error!r}).", stacklevel=4)
         return [], torch.zeros(0, self.width)
 
-    def keep(self, keys: Sequence[str], features: torch.Tensor) -> None:
-        """Keep features [N, width] under N keys. A cache that cannot be written is a warning: the run goes on without."""
+    def keep(self, keys: Sequence[str], features: Tensor) -> None:
+        """Keep features under N keys. A cache that cannot be written is a warning: the run goes on without."""
         finite = features.isfinite().all(1).tolist()
         rows = {key: row for row, key in enumerate(keys) if finite[row]}
         if not self.folder or not rows:
             return
-        table = torch.tensor([list(bytes.fromhex(key)) for key in rows], dtype=torch.uint8)
-        tensors = {"keys": table, "features": features[list(rows.values())].contiguous()}
-        content = safetensors.torch.save(tensors, {"about": json.dumps(self.about, default=str)})
+        table = torch.frombuffer(bytearray.fromhex("".join(rows)), dtype=torch.uint8).view(-1, 16)
+        tensors = {"keys": table, "features": features[list(rows.values())]}
+        content = safetensors.torch.save(tensors, {"about": self.about})
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / f"{self.space}-{digest(content)}.safetensors", content)
         except (OSError, DatasetError) as error:
-            warnings.warn(f"{self.folder}: features could not be kept ({error}); the next run encodes them again. "
-                          "Free some space, or set BSAP_CACHE to another folder.", stacklevel=4)  # fmt: skip
+            warnings.warn(f"{self.folder}: features could not be kept ({error}), and the next run encodes them again. Free "
+                          "some space, or set BSAP_CACHE to another folder.", stacklevel=4)  # fmt: skip
 
 
-# Encoding
-
-
-def read_image(ds: ReferDataset, image_id: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def read_image(ds: ReferDataset, image_id: int, device: torch.device | str = "cpu") -> Tensor:
     """Return an image as uint8 [3, H, W] on `device`; on CUDA, nvJPEG decodes what it can. Raises as `ds.load_image`."""
     path = ds.image_path(image_id)
     if torch.device(device).type == "cuda" and path.suffix.lower() in (".jpg", ".jpeg"):
         with contextlib.suppress(ImportError, RuntimeError):  # what it refuses, PIL decodes, or says what is wrong
-            image = decode_jpeg(path, device)
+            from torchvision.io import ImageReadMode, decode_jpeg, read_file  # announced to leave for torchcodec
+
+            image = decode_jpeg(read_file(str(path)), ImageReadMode.RGB, device)
             if list(image.shape[1:]) == ds.images.loc[image_id, ["height", "width"]].tolist():
                 return image
-    return transforms.pil_to_tensor(ds.load_image(image_id)).to(device)
+    return pil_to_tensor(ds.load_image(image_id)).to(device)
 
 
-def decode_jpeg(path: Path, device: torch.device | str) -> torch.Tensor:
-    """Return a JPEG as uint8 [3, H, W], decoded on `device`. Raises RuntimeError for what is no whole JPEG."""
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file  # announced to leave for torchcodec
+def ahead(function: Callable, groups: Iterable[Sequence]) -> Iterator[list]:
+    """Yield [function(item), …] of each group; threads are at work on the next one meanwhile.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return decode_jpeg(read_file(str(path)), ImageReadMode.RGB, device)
-
-
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item], threads: int = 4) -> Iterator[Result]:
-    """Yield function(item) of each item in order, worked out by threads ahead of need, but never more than 4 a thread.
-
-    >>> list(prefetch(abs, [-1, -2, 3]))
-    [1, 2, 3]
+    >>> list(ahead(abs, [[-1, -2], [3]]))
+    [[1, 2], [3]]
     """
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(4) as pool:
+        begun = (pool.map(function, group) for group in groups)
+        for results, _ in itertools.pairwise(itertools.chain(begun, [()])):
+            yield list(results)
 
 
 class ClipScorer:
-    """An open_clip model that turns images, regions and texts into unit vectors, and those into logits.
+    """An open_clip model that turns images, regions and texts into features, and those into logits.
 
-    `model`, `pretrained`: any pair that open_clip knows; or `hf-hub:OWNER/NAME`, or `local-dir:FOLDER` (both bring their
-    own weights); or a model's name and the path of a checkpoint file. `device="auto"` takes CUDA, then Apple MPS, then the
-    CPU; `precision="auto"` bf16 on a GPU that has it, else fp32. `batch_size` pictures or texts are encoded at once; 0 is
-    16 on a CPU, where more is no faster, else 1,024. It is halved as often as the device runs out of memory. With `cache`,
-    features of regions and texts are kept on disk. Features are unit vectors, float32, on the CPU. Raises ModelError.
+    `model`, `pretrained`: any pair that open_clip knows, or a model's name and the path of a checkpoint; or, with weights
+    of their own, `hf-hub:OWNER/NAME` and `local-dir:FOLDER`. `device="auto"` takes CUDA, then Apple MPS, then the CPU;
+    `precision="auto"` bf16 on a GPU that has it, else fp32. `batch_size` pictures or texts are encoded at once; 0 is 16 on
+    a CPU, where more is no faster, else 1,024; it is halved as often as the device runs out of memory. With `cache`,
+    features are kept on disk. They are unit vectors, float32, on the CPU. Raises ModelError.
 
     >>> scorer = ClipScorer("local-dir:data/clip-refshapes", device="cpu")
     >>> scorer.encode_texts(["red star", "key"], "a photo of {}").shape
@@ -434,31 +320,29 @@ class ClipScorer:
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self.model_name, self.pretrained = model, "" if ":" in model else pretrained
-        net, self.tokenizer, config = _load(model, self.pretrained, self.precision, self.device)
-        self.model: Any = net.eval()
+        loaded, self.tokenizer, config = _load(model, self.pretrained, self.precision, self.device)
+        self.model: Any = loaded.eval()
         self.model.visual.to(memory_format=torch.channels_last)
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 1024)
-        self.cache, self.width = cache, int(config["embed_dim"])
+        self.cache, self.width = cache, config["embed_dim"]
         self.preprocess: dict[str, Any] = self.model.visual.preprocess_cfg
         size = self.preprocess["size"]
         self.image_size: int | tuple[int, int] = size if isinstance(size, int) else tuple(size)
         self.interpolation = "bilinear" if self.preprocess["interpolation"] == "bilinear" else "bicubic"
         mean, std = (torch.tensor(self.preprocess[name], device=self.device).view(3, 1, 1) for name in ("mean", "std"))
         self._scale, self._shift = 1 / (255 * std), -mean / std  # of uint8: (pixel / 255 - mean) / std in one pass
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        self._dtype = kinds.get(self.precision.removeprefix("pure_"), torch.float32)
         self.logit_scale = float(self.model.logit_scale.detach().exp())
         bias = getattr(self.model, "logit_bias", None)
         self.logit_bias = 0.0 if bias is None else float(bias.detach())  # SigLIP
-        self._known_texts: dict[str, torch.Tensor] = {}
+        self._texts: dict[str, Tensor] = {}  # features of the texts encoded so far
 
-    def _pixels(self, views: torch.Tensor) -> torch.Tensor:
+    def _pixels(self, views: Tensor) -> Tensor:
         """Turn [N, 3, S, S] uint8 on any device into the model's input."""
         pixels = torch.addcmul(self._shift, views.to(self.device, non_blocking=True).float(), self._scale)
-        return pixels.to(self._dtype, memory_format=torch.channels_last)
+        return pixels.to(DTYPES[self.precision], memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def _in_batches(self, encode: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    def _in_batches(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Encode inputs [N, …] in batches: [N, D] float32; with half the batch where the device's memory is too small."""
         while True:
             try:
@@ -470,144 +354,125 @@ class ClipScorer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _encode_views(self, views: torch.Tensor) -> torch.Tensor:
-        return self._in_batches(lambda part: self.model.encode_image(self._pixels(part)), views)
+    def _encode_views(self, views: Sequence[Tensor]) -> Tensor:
+        return self._in_batches(lambda part: self.model.encode_image(self._pixels(part)), torch.cat(list(views)))
 
-    def encode_images(self, images: Iterable[Picture]) -> torch.Tensor:
-        """Encode pictures (paths, bytes, PIL; upright) or uint8 tensors [3, H, W], squashed to the model's square: [N, D]."""
+    def encode_images(self, images: Iterable[Any]) -> Tensor:
+        """Encode pictures (paths, bytes or PIL, turned upright) or uint8 tensors [3, H, W], squashed: [N, D]."""
 
-        def load(image: Picture) -> torch.Tensor:
-            if not isinstance(image, torch.Tensor):
-                image = transforms.pil_to_tensor(open_picture(image, upright=True))
-            return squash(image.to(self.device), self.image_size, self.interpolation)
+        def load(image: Any) -> Tensor:
+            pixels = image if isinstance(image, Tensor) else pil_to_tensor(open_picture(image, upright=True))
+            return squash(pixels.to(self.device), self.image_size, self.interpolation)[None]
 
-        features, group = [], []
-        for view in prefetch(load, images):
-            group.append(view)
-            if len(group) == 16 * self.batch_size:
-                features.append(self._encode_views(torch.stack(group)))
-                group = []
-        if group:
-            features.append(self._encode_views(torch.stack(group)))
+        images = iter(images)
+        groups = iter(lambda: list(itertools.islice(images, 16 * self.batch_size)), [])
+        features = [normalize(self._encode_views(views), dim=-1).cpu() for views in ahead(load, groups)]
         if not features:
             raise ValueError("Nothing to encode: no images were given.")
-        return normalize(torch.cat(features), dim=-1).cpu()
+        return torch.cat(features)
 
-    def encode_texts(self, texts: Iterable[str], template: str = "{}") -> torch.Tensor:
-        """Encode texts, in lower case, in a template with one "{}": [N, D]. Each distinct text is encoded once.
+    def encode_texts(self, texts: Iterable[str], template: str = "{}") -> Tensor:
+        """Encode texts, in lower case, in a template with one {}: [N, D]. Each distinct text is encoded once.
 
-        Texts over the model's context length are truncated, as CLIP does; a warning says how many. Raises ValueError for
-        no text and a template without its place.
+        Texts over the model's context length are truncated, as CLIP does; a warning says how many. Raises ValueError
+        for no text, and for a template without a place.
         """
-        if template.count("{}") != 1:
-            raise ValueError(f"The template {template!r} needs one {{}}, where the text goes, as in {TEMPLATE!r}.")
         filled = [template.replace("{}", text.lower()) for text in texts]
-        if not filled:
-            raise ValueError("Nothing to encode: no texts were given.")
-        new = [text for text in dict.fromkeys(filled) if text not in self._known_texts]
-        if new:
-            length = self.tokenizer.context_length
-            store = self._store(tokenizer=type(self.tokenizer).__name__, length=length)
+        if not filled or template.count("{}") != 1:
+            raise ValueError(f"{len(filled)} texts do not go into the template {template!r}: give texts, and one {{}}.")
+        if new := [text for text in dict.fromkeys(filled) if text not in self._texts]:
+            store = self._store(tokenizer=type(self.tokenizer).__name__, length=self.tokenizer.context_length)
             features = store.find(keys := [digest(text) for text in new])
-            unknown = features.isnan().any(1)
-            if unknown.any():
-                features[unknown] = self._encode_tokens([text for text, one in zip(new, unknown, strict=True) if one])
+            if len(unknown := features.isnan().any(1).nonzero().squeeze(1)):
+                features[unknown] = self._encode_tokens([new[i] for i in unknown])
                 if len(filled) > 1:  # one that somebody typed is not worth a file
-                    store.keep([key for key, one in zip(keys, unknown, strict=True) if one], features[unknown])
-            self._known_texts.update(zip(new, features, strict=True))
-        return torch.stack([self._known_texts[text] for text in filled])
+                    store.keep([keys[i] for i in unknown], features[unknown])
+            self._texts.update(zip(new, features, strict=True))
+        return torch.stack([self._texts[text] for text in filled])
 
-    def _encode_tokens(self, texts: list[str]) -> torch.Tensor:
+    def _encode_tokens(self, texts: list[str]) -> Tensor:
         length = self.tokenizer.context_length
         padding = self.tokenizer([""], context_length=length + 1)[0, -1]
-        truncated = int((self.tokenizer(texts, context_length=length + 1)[:, -1] != padding).sum())
-        if truncated:
+        if truncated := int((self.tokenizer(texts, context_length=length + 1)[:, -1] != padding).sum()):
             warnings.warn(f"{truncated} of {len(texts)} texts are longer than the {length} tokens of {self.model_name}; "
                           "their ends are cut off.", stacklevel=3)  # fmt: skip
-        tokens = self.tokenizer(texts)
-        features = self._in_batches(lambda part: self.model.encode_text(part.to(self.device)), tokens)
+        features = self._in_batches(lambda part: self.model.encode_text(part.to(self.device)), self.tokenizer(texts))
         return normalize(features, dim=-1).cpu()
 
     def encode_regions(self, ds: ReferDataset, candidates: pd.DataFrame, visual_prompts: Sequence[str] = ("crop", "blur"),
-                       global_weight: float = 0.95) -> torch.Tensor:  # fmt: skip
+                       global_weight: float = 0.95) -> Tensor:  # fmt: skip
         """Encode every candidate under every visual prompt: [V, C, D].
 
         Each image is decoded once, ahead of need; its regions are cut, blurred and resized on the device and encoded in
-        batches across images. What the cache knows is not encoded again; every group of images is kept as it is done, so
-        that an interrupted run goes on. `candidates`: one row each, in any order: image_id, x, y, w, h in pixels and, for
-        prompts that show masks, segmentation. "global_local" is Global-Local CLIP's (Yu et al., CVPR 2023):
-        `global_weight` · g + (1 - `global_weight`) · l of features not yet normalized, g the whole image's with the patches
-        outside the mask hidden, l that of mask_crop; the paper has 0.95, and 0.85 for RefCOCOg.
-
-        Raises DatasetError for images and masks that are missing or damaged, ValueError for an unknown visual prompt and
-        without a candidate, ModelError for global_local with a model that has no class token over patch tokens.
+        batches across images. What the cache knows is not encoded again; a group of images is kept as soon as it is done.
+        `candidates`: a row each, in any order: image_id, x, y, w, h in pixels and, for prompts that show masks,
+        segmentation. "global_local" is Global-Local CLIP's (Yu et al., CVPR 2023): `global_weight` · g + (1 -
+        `global_weight`) · l, not yet normalized, g the whole image's with the patches outside the mask hidden, l that of
+        mask_crop; the paper has 0.95, and 0.85 for RefCOCOg. Raises DatasetError for images and masks that are missing or
+        damaged, ValueError for an unknown prompt and no candidate, ModelError for global_local without patch tokens.
         """
-        self._check_regions(ds, candidates, visual_prompts)
+        self._check(ds, candidates, visual_prompts)
         masked = not MASK_PROMPTS.isdisjoint(visual_prompts)
-        segmentations = _segmentations(ds, candidates, visual_prompts) if masked else None
         stores = [self._store_of(name, global_weight) for name in visual_prompts]
-        keys = _region_keys(ds, candidates, segmentations) if any(store.folder for store in stores) else {}
-        keys_of = [keys.get(name in MASK_PROMPTS, [""] * len(candidates)) for name in visual_prompts]
+        keys = _region_keys(ds, candidates, masked and any(store.folder for store in stores))
+        keys_of = [keys[name in MASK_PROMPTS] for name in visual_prompts]
         features = torch.stack([store.find(own) for store, own in zip(stores, keys_of, strict=True)])
         missing = features.isnan().any(-1)
         boxes = torch.tensor(candidates[XYWH].to_numpy(np.float32))
 
-        def load(job: tuple[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-            image_id, rows = job
-            image = read_image(ds, image_id, self.device)
-            if segmentations is None:
-                return image, None
-            return image, _masks(segmentations[rows.numpy()], image, image_id)
+        def load(job: tuple[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+            image = read_image(ds, job[0], self.device)
+            masks = decode_masks(candidates["segmentation"].iloc[job[1].numpy()], *image.shape[1:]) if masked else None
+            return image, None if masks is None else torch.from_numpy(masks).to(self.device)
 
-        def finish(group: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
-            encoded = self._encode_views(torch.cat([views for *_, views, _ in group]))
-            parts = encoded.split([len(rows) for _, rows, *_ in group])
-            mixed = [one if whole is None else global_weight * whole + (1 - global_weight) * one
-                     for one, (*_, whole) in zip(parts, group, strict=True)]  # fmt: skip
-            done = normalize(torch.cat(mixed), dim=-1).cpu()
-            prompts = torch.cat([torch.full((len(rows),), prompt) for prompt, rows, *_ in group])
-            rows = torch.cat([rows for _, rows, *_ in group])
-            features[prompts, rows] = done
-            for prompt, store in enumerate(stores):
-                own = rows[prompts == prompt]
-                store.keep([keys_of[prompt][row] for row in own.tolist()], features[prompt, own])
-
-        jobs = [(image_id, torch.from_numpy(rows)) for image_id, rows
-                in candidates.groupby("image_id", sort=False).indices.items() if missing[:, rows].any()]  # fmt: skip
-        group: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        loaded = prefetch(load, tqdm(jobs, desc="Encoding images", delay=2, leave=False))
-        for (_, rows), (image, masks) in zip(jobs, loaded, strict=True):
-            for prompt, name in enumerate(visual_prompts):
-                if len(own := rows[new := missing[prompt, rows]]):
-                    shown = None if masks is None else masks[new.to(masks.device)]
-                    views = show_regions(image, boxes[own], [name], self.image_size, shown, self.interpolation)[0]
-                    whole = self._whole(image, shown) if name == "global_local" and shown is not None else None
-                    group.append((prompt, own, views, whole))
-            if sum(len(rows) for _, rows, *_ in group) >= max(256, 4 * self.batch_size):
-                finish(group)
-                group = []
-        if group:
-            finish(group)
+        views = missing.sum(0).numpy()
+        jobs = [(image_id, torch.from_numpy(rows[views[rows] > 0])) for image_id, rows
+                in candidates.groupby("image_id", sort=False).indices.items() if views[rows].any()]  # fmt: skip
+        number = np.cumsum([views[rows].sum() for _, rows in jobs]) // max(256, 4 * self.batch_size)
+        groups = [[jobs[i] for i in np.flatnonzero(number == n)] for n in np.unique(number)]
+        progress = tqdm(ahead(load, groups), "Encoding", len(groups), delay=2, leave=False)
+        for group, loaded in zip(groups, progress, strict=True):
+            parts = []  # prompt, rows, views, features of the whole image
+            for (_, rows), (image, masks) in zip(group, loaded, strict=True):
+                for prompt, name in enumerate(visual_prompts):
+                    if (new := missing[prompt, rows]).any():
+                        shown = masks if masks is None or new.all() else masks[new]
+                        seen = show_regions(image, boxes[rows[new]], [name], self.image_size, shown, self.interpolation)
+                        whole = self._whole(image, shown) if name == "global_local" else None
+                        parts.append((prompt, rows[new], seen[0], whole))
+            counts = [len(rows) for _, rows, *_ in parts]
+            encoded = self._encode_views([seen for *_, seen, _ in parts]).split(counts)
+            mixed = [local if part[3] is None else global_weight * part[3] + (1 - global_weight) * local
+                     for part, local in zip(parts, encoded, strict=True)]  # fmt: skip
+            found = normalize(torch.cat(mixed), dim=-1).cpu().split(counts)
+            for (prompt, rows, *_), own in zip(parts, found, strict=True):
+                features[prompt, rows] = own
+            done = torch.cat([rows for _, rows in group])
+            for own, store, has, lacked in zip(keys_of, stores, features, missing, strict=True):
+                rows = done[lacked[done]]
+                store.keep([own[row] for row in rows], has[rows])
         return features
 
     @torch.inference_mode()
-    def _whole(self, image: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Return the features [N, D] of the whole image with the patches outside of each mask hidden, not normalized."""
+    def _whole(self, image: Tensor, masks: Tensor) -> Tensor:
+        """Return the whole image's features with the patches outside of each mask hidden, not normalized: [N, D]."""
         pixels = self._pixels(squash(image, self.image_size, self.interpolation)[None])
-        keep = patch_masks(masks, self.model.visual.grid_size)
-        return torch.cat(
-            [encode_masked(self.model.visual, pixels, part).float() for part in keep.split(self.batch_size)]
-        )
+        keep = patch_masks(masks, self.model.visual.grid_size).split(self.batch_size)
+        return torch.cat([encode_masked(self.model.visual, pixels, part).float() for part in keep])
 
-    def _check_regions(self, ds: ReferDataset, candidates: pd.DataFrame, names: Sequence[str]) -> None:
+    def _check(self, ds: ReferDataset, candidates: pd.DataFrame, names: Sequence[str]) -> None:
         """Raise, before hours of work, what `encode_regions` says that it raises."""
         check_prompts(names)
-        if "global_local" in names and not has_patch_tokens(self.model.visual):
-            raise ModelError(f"The visual prompt 'global_local' hides patch tokens, but the image tower of "
-                             f"{self.model_name}, {type(self.model.visual).__name__}, has no class token over such. Use "
-                             "a ViT of open_clip, e.g. ViT-B-32, or a prompt such as mask_crop.")  # fmt: skip
+        tower = self.model.visual
+        if "global_local" in names and not has_patch_tokens(tower):
+            raise ModelError(f"'global_local' hides patch tokens, and the image tower of {self.model_name}, "
+                             f"{type(tower).__name__}, has no class token over such. Use a ViT, or mask_crop.")  # fmt: skip
         if not len(candidates) or not len(names):
             raise ValueError("Nothing to encode: no candidates or no visual prompts were given.")
+        needy = ", ".join(name for name in names if name in MASK_PROMPTS)
+        if needy and ("segmentation" not in candidates or candidates["segmentation"].isna().any()):
+            raise DatasetError(f"Candidates without a segmentation, which {needy} needs. Pass some with masks, such as those "
+                               "of ground_truth, or choose visual prompts for boxes.")  # fmt: skip
         if absent := ds.missing_images():
             raise DatasetError(f"{len(absent)} of {len(ds.images)} images are not in {ds.image_root}, e.g. {absent[0]}. "
                                "Get them with `bsap data get`, or pass the right `image_root`.")  # fmt: skip
@@ -619,9 +484,8 @@ class ClipScorer:
         """Return where a visual prompt's features are: nowhere for a function of one's own, whose code may call others."""
         if VISUAL_PROMPTS[name].__module__ != show_regions.__module__:
             return Store(None, self.width)
-        code = digest([inspect.getsource(one) for one in (visual_prompts, encode_masked, open_picture, decode_masks)])
-        own = {"global_weight": global_weight} if name == "global_local" else {}
-        return self._store(visual_prompt=name, code=code, **own)
+        code = digest(*(inspect.getsource(one) for one in (visual_prompts, encode_masked, open_picture, decode_masks)))
+        return self._store(prompt=name, code=code, weight=global_weight if name == "global_local" else None)
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
@@ -639,93 +503,56 @@ class ClipScorer:
             found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
         return found.hexdigest()[:12]
 
-    def logits(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def logits(self, image: Tensor, text: Tensor) -> Tensor:
         """Return logits [C, T] of image features [C, D], or [V, C, D] (the mean over V prompts), for texts [T, D].
 
         `logit_scale · cos`, plus SigLIP's logit bias. ReCLIP sums over prompts: the same ranking for CLIP, but the mean
         keeps the meaning of BSAP's temperature whatever the number of prompts.
         """
-        return self.logit_scale * _mean(image) @ text.T + self.logit_bias
+        return self.logit_scale * (image.mean(0) if image.ndim == 3 else image) @ text.T + self.logit_bias
 
-    def pair_logits(self, image: torch.Tensor, text: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    def pair_logits(self, image: Tensor, text: Tensor, pairs: Pairs) -> Tensor:
         """Return the logit of every pair [P], as `logits` has it; row e of `text` [E, D] is the e-th expression."""
-        mean = _mean(image)
+        mean = image.mean(0) if image.ndim == 3 else image
         parts = zip(pairs.candidate.split(2**16), pairs.expression.split(2**16), strict=True)  # no [P, D] at a time
-        cosines = [(mean[candidate] * text[expression]).sum(-1) for candidate, expression in parts]
-        return self.logit_scale * torch.cat(cosines) + self.logit_bias
+        cosines = torch.cat([(mean[candidate] * text[expression]).sum(-1) for candidate, expression in parts])
+        return self.logit_scale * cosines + self.logit_bias
 
 
-def _mean(image: torch.Tensor) -> torch.Tensor:
-    return image.mean(0) if image.ndim == 3 else image
-
-
-def _masks(segmentations: np.ndarray, image: torch.Tensor, image_id: int) -> torch.Tensor:
-    try:
-        return torch.from_numpy(decode_masks(segmentations, *image.shape[1:])).to(image.device)
-    except DatasetError as error:
-        raise DatasetError(f"Image {image_id}: the mask of a candidate is wrong: {error}. Correct it, or leave "
-                           "this candidate out.") from error  # fmt: skip
-
-
-def _segmentations(ds: ReferDataset, candidates: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
-    """Return the segmentation of each candidate: [C], None for the whole image. Raises DatasetError where one lacks."""
-    given = candidates["segmentation"] if "segmentation" in candidates else [None] * len(candidates)
-    there = np.array([isinstance(one, (dict, list)) and len(one) > 0 for one in given], dtype=bool)
-    size = ds.images.loc[candidates["image_id"], ["width", "height"]].to_numpy()
-    without = np.flatnonzero(~there & (candidates[["w", "h"]].to_numpy() < size).any(1))
-    if len(without):
-        needy = ", ".join(name for name in names if name in MASK_PROMPTS)
-        raise DatasetError(f"{len(without)} of {len(candidates)} candidates have no segmentation (the first is of image "
-                           f"{candidates['image_id'].iloc[without[0]]}), which {needy} needs. Pass candidates with masks, "
-                           "such as those of ground_truth, or choose visual prompts for boxes.")  # fmt: skip
-    masks = np.array([*given, None], object)[:-1]  # the None keeps NumPy from making a table of lists
-    masks[~there] = None
-    return masks
-
-
-def _region_keys(ds: ReferDataset, candidates: pd.DataFrame, segmentations: np.ndarray | None) -> dict[bool, list[str]]:
-    """Return the cache's keys of all candidates, without their masks (False) and with them (True)."""
+def _region_keys(ds: ReferDataset, candidates: pd.DataFrame, masked: bool) -> list[list[str]]:
+    """Return the cache's keys of all candidates, without their masks and with them."""
     ids = candidates["image_id"].unique()
-    pictures = dict(zip(ids, prefetch(lambda one: digest(ds.image_path(one).read_bytes()), ids), strict=True))
-    boxes = candidates[XYWH].to_numpy(np.float64).tolist()
-    keys = [digest(pictures[one], box) for one, box in zip(candidates["image_id"], boxes, strict=True)]
-    masks = [] if segmentations is None else [digest(key, one) for key, one in zip(keys, segmentations, strict=True)]
-    return {False: keys, True: masks}
+    (read,) = ahead(lambda one: digest(ds.image_path(one).read_bytes()), [ids])
+    pictures = dict(zip(ids, read, strict=True))
+    boxes = zip(candidates["image_id"], candidates[XYWH].to_numpy(np.float64).tolist(), strict=True)
+    keys = [digest(pictures[image_id], box) for image_id, box in boxes]
+    return [keys, [digest(*one) for one in zip(keys, candidates["segmentation"], strict=True)] if masked else keys]
 
 
-# Several models
+class Ensemble(ClipScorer):
+    """Several models with the verbs of one (ReCLIP uses two): the logit is the mean of theirs.
 
-
-class Ensemble:
-    """Several scorers with the verbs of one (ReCLIP uses two): features are lists, logits the mean over the models.
-
-    The sum ranks alike for CLIP; the mean keeps the meaning of BSAP's temperature.
+    Features are theirs side by side, each times the root of its share of the logit scales: unit vectors again. ReCLIP
+    sums the logits: the same ranking for CLIP; the mean keeps the meaning of BSAP's temperature.
     """
 
     def __init__(self, scorers: Sequence[ClipScorer]) -> None:
-        self.scorers = list(scorers)
-        self.model_name = " + ".join(scorer.model_name for scorer in scorers)
-        self.logit_scale = float(np.mean([scorer.logit_scale for scorer in scorers]))
+        self.scorers, self.model_name = scorers, " + ".join(scorer.model_name for scorer in scorers)
+        scales = np.array([scorer.logit_scale for scorer in scorers])
+        self.logit_scale, self._shares = float(scales.mean()), np.sqrt(scales / scales.sum()).tolist()
+        self.logit_bias = float(np.mean([scorer.logit_bias for scorer in scorers]))
 
-    def encode_images(self, images: Sequence[Picture]) -> list[torch.Tensor]:
-        return [scorer.encode_images(images) for scorer in self.scorers]
+    def _joined(self, verb: str, *arguments: Any, **options: Any) -> Tensor:
+        theirs = [getattr(scorer, verb)(*arguments, **options) for scorer in self.scorers]
+        return torch.cat([share * features for share, features in zip(self._shares, theirs, strict=True)], dim=-1)
 
-    def encode_texts(self, texts: Sequence[str], template: str = "{}") -> list[torch.Tensor]:
-        return [scorer.encode_texts(texts, template) for scorer in self.scorers]
-
-    def encode_regions(self, *arguments: Any, **options: Any) -> list[torch.Tensor]:
-        return [scorer.encode_regions(*arguments, **options) for scorer in self.scorers]
-
-    def logits(self, image: Sequence[torch.Tensor], text: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([one.logits(*own) for one, *own in zip(self.scorers, image, text, strict=True)]).mean(0)
-
-    def pair_logits(self, image: Sequence[torch.Tensor], text: Sequence[torch.Tensor], pairs: Pairs) -> torch.Tensor:
-        own = zip(self.scorers, image, text, strict=True)
-        return torch.stack([scorer.pair_logits(i, t, pairs) for scorer, i, t in own]).mean(0)
+    encode_images = functools.partialmethod(_joined, "encode_images")  # type: ignore[assignment]
+    encode_texts = functools.partialmethod(_joined, "encode_texts")  # type: ignore[assignment]
+    encode_regions = functools.partialmethod(_joined, "encode_regions")  # type: ignore[assignment]
 
 
 def load_scorer(models: str | Sequence[str], pretrained: str | Sequence[str] = "openai", device: str = "auto",
-                **options: Any) -> ClipScorer | Ensemble:  # fmt: skip
+                **options: Any) -> ClipScorer:  # fmt: skip
     """Return the scorer of a model, or of several with as many (or one) `pretrained`, averaged. Raises ModelError."""
     names, tags = ([one] if isinstance(one, str) else list(one) for one in (models, pretrained))
     tags = tags * len(names) if len(tags) == 1 else tags

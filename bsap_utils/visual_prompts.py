@@ -3,8 +3,7 @@
 A visual prompt is a function `(image, boxes, masks) -> views` on the device of the image: `image` [3, H, W] uint8, `boxes`
 [N, 4] xywh in pixels, `masks` [N, H, W] bool or None, and one view a region, uint8, each of any size. Boxes stay on the
 CPU: to read a cropping edge back from a GPU would make it wait once a region. `show_regions` squashes the views to the
-model's square, as ReCLIP does, so that a centre crop takes nothing of a long region away. The codes P, B2 … D4 are those
-of FGVP (Yang et al., NeurIPS 2023): P crop, B box, C circle, D mask; 1 line, 2 colour inside, 3 grey outside, 4 blur outside.
+model's square, as ReCLIP does, so that a centre crop takes nothing of a long region away.
 
 >>> image = torch.randint(0, 255, (3, 48, 64), dtype=torch.uint8)
 >>> show_regions(image, torch.tensor([[4.0, 4.0, 20.0, 30.0]]), ("crop", "circle"), size=32).shape
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 VisualPrompt = Callable[..., Tensor | list[Tensor]]
+Change = Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]  # a square's side, or height and width
-RED = (255, 0, 0)
 CLIP_MEAN = (123, 117, 104)  # the pixel that CLIP's normalization makes 0: nothing to see
 LINE = 2 / 384  # thickness of circle and contour, as a share of the image's shorter side, as in FGVP's rerun
 AT_ONCE = 2**27  # bytes of an image's views that exist at a time, before they are squashed
@@ -80,103 +79,100 @@ def _box_matrix(centres: Tensor, length: int, box: float) -> Tensor:
     return matrix
 
 
-def box_masks(boxes: Tensor, image: Tensor) -> Tensor:
-    """Return the pixels of an image [3, H, W] inside of boxes [N, 4] (xywh): [N, H, W] bool on the image's device."""
+def _grid(image: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
+    """Return left, top, right, bottom [N, 1, 1] of boxes, and x [1, W], y [H, 1] of the pixels' centres."""
     height, width = image.shape[-2:]
-    edges = _send(pixel_edges(boxes, height, width), image)[:, :, None, None]
-    y, x = torch.arange(height, device=image.device)[:, None], torch.arange(width, device=image.device)[None]
-    return (x >= edges[:, 0]) & (x < edges[:, 2]) & (y >= edges[:, 1]) & (y < edges[:, 3])
+    edges = pixel_edges(boxes, height, width).float().to(image.device, non_blocking=True)
+    x, y = (torch.arange(length, device=image.device) + 0.5 for length in (width, height))
+    return *edges[:, :, None, None].unbind(1), x[None], y[:, None]
 
 
-def ellipse_masks(boxes: Tensor, image: Tensor, grow: float = 0.0) -> Tensor:
-    """Return the pixels inside of ellipses that touch the sides of boxes, radii longer by `grow` pixels: [N, H, W] bool."""
-    height, width = image.shape[-2:]
-    edges = _send(pixel_edges(boxes, height, width).float(), image)
-    left, top, right, bottom = edges[:, :, None, None].unbind(1)
+def box_masks(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
+    """Return the pixels of an image inside of boxes: [N, H, W] bool."""
+    left, top, right, bottom, x, y = _grid(image, boxes)
+    return (x > left) & (x < right) & (y > top) & (y < bottom)
+
+
+def ellipse_masks(image: Tensor, boxes: Tensor, masks: Tensor | None = None, grow: float = 0.0) -> Tensor:
+    """Return the pixels inside of ellipses that touch the boxes' sides, `grow` pixels added to each radius: [N, H, W]."""
+    left, top, right, bottom, x, y = _grid(image, boxes)
     a, b = ((right - left) / 2 + grow).clamp(min=0), ((bottom - top) / 2 + grow).clamp(min=0)
-    x = torch.arange(width, device=image.device)[None] + 0.5 - (left + right) / 2
-    y = torch.arange(height, device=image.device)[:, None] + 0.5 - (top + bottom) / 2
+    x, y = x - (left + right) / 2, y - (top + bottom) / 2
     return ((x * b) ** 2 + (y * a) ** 2 <= (a * b) ** 2) & (a > 0) & (b > 0)
 
 
-def crop(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> list[Tensor]:
-    """P: the box cut out (ReCLIP, Subramanian et al. 2022)."""
-    edges = pixel_edges(boxes, *image.shape[-2:]).tolist()
-    return [image[:, top:bottom, left:right] for left, top, right, bottom in edges]
-
-
-def shade(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
-    """B2: a translucent red over the box (CPT, Yao et al. 2021), as in ReCLIP's code: its text is "{} is in red color."."""
-    tinted = image + 127 / 255 * (_pixel((240, 0, 30), image) - image.float())
-    return torch.where(box_masks(boxes, image)[:, None], tinted.round().byte(), image)
-
-
-def blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
-    """B4: blurred with σ = 100 pixels outside the box (ReCLIP, Subramanian et al. 2022)."""
-    return torch.where(box_masks(boxes, image)[:, None], image, gaussian_blur(image))
-
-
-def circle(image: Tensor, boxes: Tensor, masks: Tensor | None = None, thickness: float = LINE) -> Tensor:
-    """C1: a red ellipse around the region (Red Circle, Shtedritski et al. 2023); `thickness` is at least one pixel."""
+def ellipse_line(image: Tensor, boxes: Tensor, masks: Tensor | None = None, thickness: float = LINE) -> Tensor:
+    """Return the pixels of a line along the ellipses, at least one pixel thick: [N, H, W]."""
     line = max(1.0, thickness * min(image.shape[-2:]))
-    outer, inner = (ellipse_masks(boxes, image, grow) for grow in (line / 2, -line / 2))
-    return torch.where((outer & ~inner)[:, None], _pixel(RED, image), image)
+    return ellipse_masks(image, boxes, grow=line / 2) & ~ellipse_masks(image, boxes, grow=-line / 2)
 
 
-def circle_gray(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
-    """C3: grey outside the ellipse that touches the sides of the box; no line, as in FGVP."""
-    return torch.where(ellipse_masks(boxes, image)[:, None], image, transforms.rgb_to_grayscale(image, 3))
-
-
-def circle_blur(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
-    """C4: blurred with σ = 100 pixels outside that ellipse; no line, as in FGVP."""
-    return torch.where(ellipse_masks(boxes, image)[:, None], image, gaussian_blur(image))
-
-
-def mask_contour(image: Tensor, boxes: Tensor, masks: Tensor, thickness: float = LINE) -> Tensor:
-    """D1: a red line along the mask's edge (FGVP), as thick inside as outside."""
+def mask_line(image: Tensor, boxes: Tensor, masks: Tensor, thickness: float = LINE) -> Tensor:
+    """Return the pixels of a line along the masks' edges, as thick inside as outside: [N, H, W]."""
     inside = masks.float()
     reach = max(1, round(thickness * min(image.shape[-2:]) / 2))
     outside = functional.pad(1 - inside, [reach] * 4, value=1.0)  # a line where the image ends too
     eroded = functional.max_pool2d(outside, 2 * reach + 1, stride=1) == 0
     dilated = functional.max_pool2d(inside, 2 * reach + 1, stride=1, padding=reach) > 0
-    return torch.where((dilated & ~eroded)[:, None], _pixel(RED, image), image)
+    return dilated & ~eroded
 
 
-def mask_gray(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
-    """D3: grey outside the mask (FGVP)."""
-    return torch.where(masks[:, None], image, transforms.rgb_to_grayscale(image, 3))
+def own_masks(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
+    """Return the regions' own masks: [N, H, W]."""
+    return masks
 
 
-def mask_blur(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
-    """D4, "blur reverse mask": blurred with σ = 100 pixels outside the mask (FGVP)."""
-    return torch.where(masks[:, None], image, gaussian_blur(image))
+def tint(image: Tensor) -> Tensor:
+    """Return the image under a translucent red, that of "CPT-adapted" in ReCLIP's code."""
+    return (image + 127 / 255 * (_pixel((240, 0, 30), image) - image.float())).round().byte()
+
+
+def whole(region: Callable[..., Tensor], inside: Change | None = None, outside: Change | None = None) -> VisualPrompt:
+    """Return the prompt that shows the whole image, changed inside or outside of a region."""
+
+    def prompt(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
+        inner, outer = (image if change is None else change(image) for change in (inside, outside))
+        return torch.where(region(image, boxes, masks)[:, None], inner, outer)
+
+    return prompt
+
+
+def crop(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> list[Tensor]:
+    """Return the boxes cut out."""
+    return _cut(image.expand(len(boxes), -1, -1, -1), boxes)
 
 
 def mask_crop(image: Tensor, boxes: Tensor, masks: Tensor) -> list[Tensor]:
-    """The box cut out, CLIP's mean pixel outside the mask (Global-Local CLIP, Yu et al. 2023; theirs is (124, 116, 104))."""
-    edges = pixel_edges(boxes, *image.shape[-2:]).tolist()
-    parts = [(..., slice(top, bottom), slice(left, right)) for left, top, right, bottom in edges]
-    fill = _pixel(CLIP_MEAN, image)
-    return [torch.where(mask[part], image[part], fill) for mask, part in zip(masks, parts, strict=True)]
+    """Return the boxes cut out, with CLIP's mean pixel outside the masks."""
+    return _cut(torch.where(masks[:, None], image, _pixel(CLIP_MEAN, image)), boxes)
 
 
-VISUAL_PROMPTS: dict[str, VisualPrompt] = {
-    "crop": crop, "shade": shade, "blur": blur, "circle": circle, "circle_gray": circle_gray,
-    "circle_blur": circle_blur, "mask_contour": mask_contour, "mask_gray": mask_gray, "mask_blur": mask_blur,
-    "mask_crop": mask_crop,
-    "global_local": mask_crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
-}  # fmt: skip
-MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop", "global_local"})
-
-
-def _send(tensor: Tensor, image: Tensor) -> Tensor:
-    """Send something small to the image's device without waiting for what is under way there."""
-    return tensor.to(image.device, non_blocking=True)
+def _cut(images: Tensor, boxes: Tensor) -> list[Tensor]:
+    edges = pixel_edges(boxes, *images.shape[-2:]).tolist()
+    return [image[:, top:bottom, left:right] for image, (left, top, right, bottom) in zip(images, edges, strict=True)]
 
 
 def _pixel(colour: Sequence[int], image: Tensor) -> Tensor:
-    return _send(torch.tensor(colour, dtype=torch.uint8), image).view(3, 1, 1)
+    return torch.tensor(colour, dtype=torch.uint8).to(image.device, non_blocking=True).view(3, 1, 1)
+
+
+red, gray = partial(_pixel, (255, 0, 0)), partial(transforms.rgb_to_grayscale, num_output_channels=3)
+# The codes are those of FGVP (Yang et al., NeurIPS 2023): P crop, B box, C circle, D mask; 1 line, 2 colour inside,
+# 3 grey outside, 4 blur outside (σ = 100 pixels). Its circles touch the box's sides; C3 and C4 have no line.
+VISUAL_PROMPTS: dict[str, VisualPrompt] = {
+    "crop": crop,  # P (ReCLIP, Subramanian et al. 2022)
+    "shade": whole(box_masks, inside=tint),  # B2 (CPT, Yao et al. 2021); the text then is "{} is in red color."
+    "blur": whole(box_masks, outside=gaussian_blur),  # B4 (ReCLIP)
+    "circle": whole(ellipse_line, inside=red),  # C1 (Red Circle, Shtedritski et al. 2023)
+    "circle_gray": whole(ellipse_masks, outside=gray),  # C3
+    "circle_blur": whole(ellipse_masks, outside=gaussian_blur),  # C4
+    "mask_contour": whole(mask_line, inside=red),  # D1
+    "mask_gray": whole(own_masks, outside=gray),  # D3
+    "mask_blur": whole(own_masks, outside=gaussian_blur),  # D4, "blur reverse mask"
+    "mask_crop": mask_crop,  # Global-Local CLIP (Yu et al. 2023), which fills with ImageNet's mean: one grey level off
+    "global_local": mask_crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
+}
+MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop", "global_local"})
 
 
 def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
@@ -190,11 +186,7 @@ def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def squash(images: Tensor, size: Size, interpolation: str = "bicubic") -> Tensor:
-    """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased, whatever the aspect ratio.
-
-    >>> squash(torch.zeros(3, 20, 40, dtype=torch.uint8), 8).shape
-    torch.Size([3, 8, 8])
-    """
+    """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased, whatever the aspect ratio."""
     shape = [size, size] if isinstance(size, int) else list(size)
     return transforms.resize(images, shape, InterpolationMode(interpolation), antialias=True)
 
@@ -229,8 +221,9 @@ def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str
         padded = torch.zeros(len(views), 3, *sizes.amax(0).tolist(), device=views[0].device)
         for place, view in zip(padded, views, strict=True):
             place[:, : view.shape[1], : view.shape[2]] = view
+    sizes = sizes.to(padded.device, non_blocking=True)
     rows, columns = (
-        resampling_weights(_send(sizes[:, axis], padded), shape[axis], padded.shape[2 + axis], interpolation)[:, None]
+        resampling_weights(sizes[:, axis], shape[axis], padded.shape[2 + axis], interpolation)[:, None]
         for axis in (0, 1)
     )
     across = (padded @ columns.mT).round_().clamp_(0, 255)  # PIL too holds whole grey levels between the two passes
@@ -242,31 +235,25 @@ def show_regions(image: Tensor, boxes: Tensor, visual_prompts: Sequence[str], si
     """Return the views of N regions of one image under V visual prompts: [V, N, 3, size, size] uint8.
 
     `image` [3, H, W] uint8 on any device, `boxes` [N, 4] xywh in pixels on the CPU, `masks` [N, H, W] bool on the image's
-    device for the prompts of MASK_PROMPTS. Raises ValueError for an unknown visual prompt, and for masks that are needed
-    and missing or do not fit.
+    device for the prompts of MASK_PROMPTS. Raises ValueError for an unknown prompt, and where masks are missing or misfit.
     """
     check_prompts(visual_prompts)
     wanted = [len(boxes), *image.shape[1:]]
     if MASK_PROMPTS.intersection(visual_prompts) and (masks is None or list(masks.shape) != wanted):
-        found = "none" if masks is None else list(masks.shape)
-        raise ValueError(f"The visual prompts {list(visual_prompts)} need masks {wanted} of bool, and got {found}.")
-    shown = []
-    for name in visual_prompts:
-        views = []
-        for part in torch.arange(len(boxes)).split(max(1, AT_ONCE // image.numel())):
-            here = slice(int(part[0]), int(part[-1]) + 1)
-            made = VISUAL_PROMPTS[name](image, boxes[here], None if masks is None else masks[here])
-            views.append(_squash_all(made, size, interpolation))
-        shown.append(torch.cat(views))
-    return torch.stack(shown)
+        raise ValueError(f"The visual prompts {list(visual_prompts)} need masks {wanted} of bool, and got "
+                         f"{masks if masks is None else list(masks.shape)}.")  # fmt: skip
+    step = max(1, AT_ONCE // image.numel())
+    parts = [slice(start, start + step) for start in range(0, len(boxes), step)]
 
+    def shown(name: str, part: slice) -> Tensor:
+        views = VISUAL_PROMPTS[name](image, boxes[part], None if masks is None else masks[part])
+        if image.device.type != "cpu":
+            return squash_together(views, size, interpolation)
+        if isinstance(views, Tensor):
+            return squash(views, size, interpolation)
+        return torch.stack([squash(view, size, interpolation) for view in views])
 
-def _squash_all(views: Tensor | list[Tensor], size: Size, interpolation: str) -> Tensor:
-    if views[0].device.type != "cpu":
-        return squash_together(views, size, interpolation)
-    if isinstance(views, Tensor):
-        return squash(views, size, interpolation)
-    return torch.stack([squash(view, size, interpolation) for view in views])
+    return torch.stack([torch.cat([shown(name, part) for part in parts]) for name in visual_prompts])
 
 
 def check_prompts(names: Sequence[str]) -> None:
