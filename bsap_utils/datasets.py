@@ -40,7 +40,7 @@ def reading(name: Any, wanted: str) -> Iterator[None]:
     except DatasetError:
         raise
     except Exception as error:
-        problem = (str(error) or type(error).__name__)[:300]
+        problem = (str(error) or type(error).__name__).split(" <_io")[0][:300]
         raise DatasetError(f"{name} cannot be read ({problem}). Pass {wanted}.") from error
 
 
@@ -161,12 +161,16 @@ def load_refer(
     with reading(folder, "a data set as data/README.md describes it"):
         table = None if refs else _read_csv(path) if path == csv else _read_lists(lists, dataset)
         complete = table is None or instances.is_file()
-        frames = _read_instances(instances) if complete else _boxes_of(table, image_root)
+        frames = _read_instances(instances) if complete else _boxes_of(table)
         expressions = _read_refs(path) if table is None else _find_targets(table, path, *frames)
-        images, annotations, counts = _clean(*frames, instances if complete else path)
-    target = annotations.index.get_indexer(expressions["ann_id"])
-    wrong = (target < 0) | (expressions["image_id"].to_numpy() != annotations["image_id"].to_numpy()[target])
-    refuse(wrong, f"{path}: expression ", "its target is no annotation with an area in its image", expressions.index)
+        images, annotations, counts = _clean(*frames, instances if complete else path, image_root)
+    image = annotations["image_id"].reindex(expressions["ann_id"], fill_value=-(2**63))
+    refuse(
+        image.to_numpy() != expressions["image_id"].to_numpy(),
+        f"{path}: expression ",
+        "its target is no annotation with an area in its image",
+        expressions.index,
+    )
     blank = expressions["text"].str.strip() == ""
     counts["expressions without text left out"] = int(blank.sum())
     return ReferDataset(dataset, split_by, image_root, images, annotations, expressions[~blank], counts)
@@ -184,15 +188,20 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return images, annotations.assign(category=pd.Categorical(names["name"].to_numpy()[row], names["name"].unique()))
 
 
-def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+def _clean(
+    images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_root: Path
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
     """Return both frames by their ids, checked, boxes clipped and degenerate polygons dropped; and counts."""
     for frame, where in ((images, f"{path}: images"), (annotations, f"{path}: annotations")):
         refuse(frame["id"].duplicated(), where, "'id' is that of an earlier entry too")
     leaves = images["file_name"].str.contains(r"^\s*$|^/|\\|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|\x00", regex=True)
     refuse(leaves, f"{path}: images", "'file_name' is empty or leads out of the image folder")
+    if not {"width", "height"} <= set(images):
+        images[["width", "height"]] = [open_picture(image_root / name).size for name in images["file_name"]]
     pixels = images["width"].clip(0).astype(float) * images["height"].clip(0)
     refuse((pixels < 1) | (pixels > MAX_PIXELS), f"{path}: images", f"the size is not 1 to {MAX_PIXELS:,} pixels")
     images = images.set_index("id").rename_axis("image_id")[["file_name", "width", "height"]]
+    images = images.astype({"width": np.int64, "height": np.int64})
     row = images.index.get_indexer(annotations["image_id"])
     refuse(row < 0, f"{path}: annotations", "'image_id' is not among the images")
     sizes = images[["width", "height"]].to_numpy()[row]
@@ -239,7 +248,7 @@ def _read_lists(paths: list[Path], dataset: str) -> pd.DataFrame:
     return table.assign(file_name=names, text=table["sents"], category="", segmentation=None)
 
 
-def _boxes_of(table: pd.DataFrame, pictures: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _boxes_of(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the images and the de-duplicated boxes of a table, in the form of `_read_instances`.
 
     An image's id is the number at the end of its name, as COCO has it, where all names have one of their own.
@@ -248,12 +257,10 @@ def _boxes_of(table: pd.DataFrame, pictures: Path) -> tuple[pd.DataFrame, pd.Dat
     numbers = images["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0]
     by_name = numbers.notna().all() and numbers.astype(np.int64).is_unique
     images["id"] = numbers.astype(np.int64) if by_name else np.arange(1, len(images) + 1)
-    if not {"width", "height"} <= set(images):
-        images[["width", "height"]] = [open_picture(pictures / name).size for name in images["file_name"]]
     boxes = table.drop_duplicates(["file_name", *XYWH]).reset_index(drop=True)
     boxes["image_id"] = boxes["file_name"].map(images.set_index("file_name")["id"])
     boxes = boxes.assign(id=np.arange(1, len(boxes) + 1), area=boxes["w"] * boxes["h"], iscrowd=0)
-    return images.astype({"width": np.int64, "height": np.int64}), boxes.astype({"category": "category"})
+    return images, boxes.astype({"category": "category"})
 
 
 def _find_targets(table: pd.DataFrame, path: Path, images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
