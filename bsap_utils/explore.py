@@ -1,21 +1,15 @@
-"""What `notebooks/00_explore.ipynb` does: one expression and one picture under every method, with controls for a person.
+"""What `notebooks/00_explore.ipynb` does: one picture and one expression under all methods, with controls for a person.
 
-Each picture's regions are encoded once; a change of anything else costs a few text features, a small matrix product and
-the drawing of `plotting.region_scores`.
+Regions are encoded once; a change costs a few text features, small matrix products and one drawing.
 """
 
 from __future__ import annotations
 
 import base64
-import dataclasses
-import hashlib
+import contextlib
 import html
 import io
-import math
-import re
 import tempfile
-import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,369 +19,312 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython import get_ipython
-from IPython.display import Image as Picture
-from IPython.display import Markdown, display
+from IPython.display import Image, display
+from jupyter_bbox_widget import BBoxWidget
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from matplotlib.patches import Rectangle
+from PIL import Image as Pillow
 from pycocotools import mask as coco
+from torch import Tensor
 
-from . import plotting, segmenters
+from . import plotting
 from .aux_prompts import BANKS, auxiliary_prompts
-from .datasets import XYWH, ReferDataset, clip_boxes
-from .evaluation import rec_correct
-from .normalization import METHODS, default_options, family
-from .scoring import TEMPLATE, ClipScorer
+from .datasets import XYWH, DatasetError, ReferDataset, open_picture
+from .evaluation import pick
+from .normalization import METHODS, calibrated_weight, pool
+from .regions import box_iou, pair_up
+from .scoring import TEMPLATE
 
-FAMILY = "family"  # beside the names of METHODS: any pool with any weight
-OWN_PROMPTS, OWN_PICTURE = "own prompts", "a picture of my own"
-PROPOSED = 15  # regions proposed in a picture that came without boxes
-
-
-class Scene(NamedTuple):
-    """A picture, its regions (a frame with x, y, w, h in pixels), their features [P, N, D] by each scorer, and truths.
-
-    `truth` maps an expression, in lower case, to the box that it means (xywh); a picture of one's own has none.
-    """
-
-    image: Image.Image
-    regions: pd.DataFrame
-    features: list[torch.Tensor]
-    truth: dict[str, np.ndarray]
+SHOWN = [name for name in METHODS if name not in ("tas", "db_norm")]  # those two need banks of their own
+BOX = ("x", "y", "width", "height")
+MARK = '<div style="margin: -10px 75px 0 105px"><span style="margin-left: {:.1f}%">▲ w* = {:.2f}</span></div>'
+UNSEEN = "This CLIP has only ever seen drawn shapes: what it makes of a photograph means nothing."
 
 
-class Start(NamedTuple):
-    """What is shown first: a scene's number from 1, an expression ("": the scene's first), a bank, a method and its settings.
+class Setting(NamedTuple):
+    """What is asked and how: `bank` is a name, a text file or prompts with commas between them, `method` is in focus."""
 
-    `temperature` is for BSAP, BSAP-H and the family, as in the other notebooks; `weight` None is the method's own.
-    """
-
-    scene: int = 1
-    expression: str = ""
+    text: str = ""
+    template: str = TEMPLATE
     bank: str = "categories"
     method: str = "bsap"
     temperature: float = 1.0
-    weight: float | None = None
+    weight: float = 1.0
 
 
-def options_of(method: str, logit_scale: float = 100.0, start: Start | None = None) -> dict[str, Any]:
-    """Return the options of a method, or of "family", with their defaults, or with those of `start` where it has them.
+class Scene(NamedTuple):
+    """A picture, its candidates' boxes (xywh [N, 4]) and rows [N] in `features`, and the expressions known."""
 
-    QB-Norm's β = 20 is on cosines, so its temperature depends on the scale of the logits. Raises ValueError for an unknown
-    method.
-
-    >>> options_of("bsap_h"), options_of("qb_norm", logit_scale=20)
-    ({'weight': 0.5, 'temperature': 1.0}, {'temperature': 1.0})
-    """
-    if method not in (*METHODS, FAMILY):
-        raise ValueError(f"Unknown method {method!r}; there are: {', '.join(METHODS)}, {FAMILY}.")
-    of_family = {"weight": 1.0, "temperature": 1.0, "nearest": None}
-    known: dict[str, Any] = of_family if method == FAMILY else dict(default_options(method))
-    if method == "qb_norm":
-        known["temperature"] = logit_scale / 20
-    elif start and "temperature" in known:
-        known["temperature"] = start.temperature
-    if start and start.weight is not None and "weight" in known:
-        known["weight"] = start.weight
-    return known
+    image: Pillow.Image
+    boxes: np.ndarray
+    rows: Tensor
+    features: Any
+    expressions: pd.DataFrame
 
 
-def read_picture(content: bytes) -> Image.Image:
-    """Return the picture in a file's content, upright and in RGB. Raises ValueError, in words, for what is none."""
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            return ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    except Image.UnidentifiedImageError:
-        raise ValueError("This file is no picture that can be read. Choose a PNG or JPEG file.") from None
-    except Exception as error:  # damaged bytes raise nearly anything in PIL's decoders; so does a picture too large
-        raise ValueError(f"This picture cannot be read ({error}). Choose another file.") from None
-
-
-def read_boxes(text: str, size: tuple[int, int]) -> pd.DataFrame:
-    """Return the boxes in a text, one a line as x, y, w, h in pixels: a frame, cut to a picture of `size` (width, height).
-
-    Raises ValueError that names the first wrong line.
-
-    >>> read_boxes("0, 0, 30, 20", size=(20, 20)).to_numpy().tolist()
-    [[0.0, 0.0, 20.0, 20.0]]
-    """
-    lines = [
-        (f"Line {i} of the boxes, “{line.strip()}”,", line)
-        for i, line in enumerate(text.splitlines(), 1)
-        if line.strip()
-    ]
-    boxes = np.empty((len(lines), 4))
-    for row, (name, line) in enumerate(lines):
-        try:
-            boxes[row] = np.array(re.split(r"[,;\s]+", line.strip(" \t,;[]()")), dtype=float).reshape(4)
-        except ValueError:
-            raise ValueError(f"{name} is not four numbers: x, y, width, height.") from None
-    boxes, inside, _ = clip_boxes(boxes, np.tile(size, (len(boxes), 1)))
-    if not inside.all():
-        raise ValueError(f"{lines[inside.argmin()][0]} has no area inside the picture of {size[0]} × {size[1]} pixels.")
-    return pd.DataFrame(boxes, columns=XYWH)
-
-
-def propose(image: Image.Image) -> pd.DataFrame:
-    """Return regions of a picture that came without boxes: the best segments by colour or, without any, the whole picture.
-
-    One row a region: x, y, w, h in pixels and the segmentation.
-    """
-    masks, _ = segmenters.felzenszwalb(image, top_k=PROPOSED)
-    boxes = coco.toBbox(masks) if masks else np.array([[0.0, 0, *image.size]])
-    return pd.DataFrame(boxes, columns=XYWH).assign(segmentation=masks or None)
+def encode_picture(scorer: Any, image: Pillow.Image, boxes: Any, visual_prompts: Any = ("crop", "blur")) -> Any:
+    """Return the features [V, N, D] of boxes (xywh, pixels) of one picture that belongs to no data set."""
+    frame = pd.DataFrame(np.asarray(boxes, float).reshape(-1, 4), columns=XYWH).assign(image_id=1)
+    images = pd.DataFrame([("own.png", *image.size)], columns=["file_name", "width", "height"], index=[1])
+    with tempfile.TemporaryDirectory() as folder:
+        image.save(Path(folder) / "own.png")
+        return scorer.encode_regions(ReferDataset("own", "", Path(folder), images, frame, frame), frame, visual_prompts)
 
 
 class Explorer:
-    """The scenes of `ds` with their candidates `regions`, pictures of one's own, and their scores: each encoded once.
+    """The scenes of `ds` with their `candidates`, all encoded; `whole` is the data set that banks are made from."""
 
-    `scorers` (their logits are averaged) see the regions under `visual_prompts`.
-    """
-
-    def __init__(
-        self,
-        ds: ReferDataset,
-        regions: pd.DataFrame,
-        scorers: Sequence[ClipScorer],
-        visual_prompts: Sequence[str] = ("crop", "blur"),
-    ) -> None:
-        self.ds, self.scorers, self.visual_prompts = ds, list(scorers), tuple(visual_prompts)
-        self.logit_scale = sum(s.logit_scale for s in self.scorers) / len(self.scorers)
-        self.figure = Figure(figsize=(plotting.DOUBLE_COLUMN, 3.2))
-        self.summary = ""
-        self._regions_of = dict(list(regions.groupby("image_id")))
-        self._scenes: dict[Any, Scene] = {}
+    def __init__(self, ds: ReferDataset, candidates: pd.DataFrame, scorer: Any, whole: ReferDataset,
+                 visual_prompts: Any = ("crop", "blur")) -> None:  # fmt: skip
+        self.ds, self.scorer, self.whole, self.visual_prompts = ds, scorer, whole, list(visual_prompts)
+        self.pairs, self.image = pair_up(ds, candidates), scorer.encode_regions(ds, candidates, visual_prompts)
+        self.boxes, self._kept = candidates[XYWH].to_numpy(), {}  # type: ignore[var-annotated]
+        self.competing = torch.from_numpy(ds.images.index.get_indexer(candidates["image_id"]))
+        self.figure = Figure(figsize=(plotting.DOUBLE_COLUMN, 2.9))
 
     def scene(self, number: int) -> Scene:
-        """Return scene 1, 2, … Raises ValueError where there is none, DatasetError where its picture cannot be read."""
-        if not 1 <= number <= len(self.ds.images):
-            raise ValueError(
-                f"There is no scene {number}: {self.ds.name} has the scenes 1 to {len(self.ds.images)} here."
-            )
-        if number not in self._scenes:
-            image_id = self.ds.images.index[number - 1]
-            one = dataclasses.replace(self.ds, images=self.ds.images.loc[[image_id]])
-            said = self.ds.expressions[self.ds.expressions["image_id"] == image_id]
-            truth: dict[str, np.ndarray] = {}
-            for text, box in zip(
-                said["text"].str.lower(), self.ds.regions.loc[said["ann_id"], XYWH].to_numpy(), strict=True
-            ):
-                truth.setdefault(text, box)  # of equal texts the first counts
-            self._scenes[number] = self._encoded(one, self._regions_of[image_id], truth)
-        return self._scenes[number]
+        """Return scene 1, 2, …"""
+        image_id, rows = self.ds.images.index[number - 1], torch.nonzero(self.competing == number - 1)[:, 0]
+        known = self.ds.expressions[self.ds.expressions["image_id"] == image_id]
+        return Scene(self.ds.load_image(image_id), self.boxes[rows], rows, self.image, known)
 
-    def own_scene(self, content: bytes, boxes: str) -> Scene:
-        """Return the scene of a picture file's content and of boxes (`read_boxes`: pixels), proposed where the text has none."""
-        if (content, boxes) not in self._scenes:
-            image = read_picture(content)
-            regions = read_boxes(boxes, image.size) if boxes.strip() else propose(image)
-            name = hashlib.sha256(content).hexdigest()
-            image_id = int(name[:15], 16)  # as good as unique, also for a cache of features
-            with tempfile.TemporaryDirectory() as folder:
-                image.save(Path(folder) / f"{name}.png")
-                size = {"file_name": f"{name}.png", "width": image.width, "height": image.height}
-                images = pd.DataFrame([size], index=pd.Index([image_id], name="image_id"))
-                one = dataclasses.replace(self.ds, name="own", image_root=Path(folder), images=images)
-                self._scenes[content, boxes] = self._encoded(one, regions.assign(image_id=image_id), {})
-        return self._scenes[content, boxes]
+    def own_scene(self, image: Pillow.Image, boxes: Any) -> Scene:
+        """Return the scene of a picture of one's own with the boxes given (xywh, pixels)."""
+        features = encode_picture(self.scorer, image, boxes, self.visual_prompts)
+        return Scene(image, np.asarray(boxes, float), torch.arange(len(boxes)), features, self.ds.expressions[:0])
 
-    def _encoded(self, one: ReferDataset, regions: pd.DataFrame, truth: dict[str, np.ndarray]) -> Scene:
-        features = [scorer.encode_regions(one, regions, self.visual_prompts) for scorer in self.scorers]
-        return Scene(one.load_image(one.images.index[0]), regions, features, truth)
+    def prompts(self, bank: str) -> list[str]:
+        """Return the texts of a bank: a name, a text file, or prompts that were typed, with commas between them."""
+        typed = [text.strip() for text in bank.split(",") if text.strip()]
+        if not typed:
+            raise ValueError("Type auxiliary prompts, with commas between them, or the name of a bank.")
+        return auxiliary_prompts(bank, self.whole) if bank in BANKS or Path(bank).is_file() else typed
 
-    def table(self, scene: Scene, text: str, prompts: Sequence[str], method: str, **options: Any) -> pd.DataFrame:
-        """Return one row a region, named 1, 2, …: clip (the logit), bias and score (of `method`, with its `options`).
+    def logits(self, texts: list[str], template: str, features: Any = None) -> Tensor:
+        """Return logits [C, T] of all candidates, which are kept, or of other `features`."""
+        encoded, key = self.scorer.encode_texts(texts, template), (template, *texts)
+        if features is not None and features is not self.image:
+            return self.scorer.logits(features, encoded)
+        if key not in self._kept:
+            self._kept[key] = self.scorer.logits(self.image, encoded)
+        return self._kept[key]
 
-        The bias is what the method's pool makes of a region's auxiliary logits (`normalization.family`), their mean
-        where it has no temperature: what the methods of the family subtract, times their weight.
-        """
-        texts = [TEMPLATE.format(one.lower()) for one in (text, *prompts)]
-        by_scorer = zip(self.scorers, scene.features, strict=True)
-        logits = torch.stack([s.logits(features, s.encode_texts(texts)) for s, features in by_scorer]).mean(0)
-        query, aux, group = logits[:, :1], logits[:, 1:], torch.zeros(len(logits), dtype=torch.long)
-        score = family(query, aux, **options) if method == FAMILY else METHODS[method](query, aux, group, **options)
-        temperature, nearest = options.get("temperature", math.inf), options.get("nearest", options.get("k"))
-        bias = query - family(query, aux, 1.0, temperature, nearest)
-        columns = {"clip": query, "bias": bias, "score": score}
-        return pd.DataFrame({name: x[:, 0].numpy() for name, x in columns.items()}, index=range(1, len(query) + 1))
+    def calibrated(self, setting: Setting) -> float:
+        """Return w* at the setting's temperature, from train expressions; NaN where the data set has none."""
+        key = (setting.bank, setting.template, setting.temperature)
+        if key not in self._kept:
+            with contextlib.suppress(DatasetError):
+                texts = auxiliary_prompts("expressions", self.whole)
+                pooled = pool(self.logits(self.prompts(setting.bank), setting.template), setting.temperature)
+                mean = self.logits(texts, setting.template).mean(1)
+                self._kept[key] = calibrated_weight(pooled, mean, self.competing)
+        return self._kept.get(key, float("nan"))
 
-    def see(self, scene: Scene, text: str, prompts: Sequence[str], method: str, **options: Any) -> bytes:
-        """Draw `figure`, say in `summary` what is picked and whether that is right, and return the figure as PNG.
+    def score(self, name: str, s: Tensor, a: Tensor, pairs: Any, setting: Setting) -> tuple[Tensor, str]:
+        """Return a method's scores of pairs [P], and the formula: BSAP has the setting's temperature and weight, or w*."""
+        weight = {"bsap": setting.weight}.get(name, 1.0) if name != "bsap_calibrated" else self.calibrated(setting)
+        base = name.removesuffix("_calibrated")
+        options = {"qb_norm": self.scorer.logit_scale / 20, "bsap": setting.temperature, "bsap_h": setting.temperature}
+        given = {"temperature": round(options[base], 6)} if base in options else {}
+        formula = f"METHODS[{base!r}](s, a, pairs, **{given})"
+        scores = METHODS[base](s, a, pairs, **given)
+        return (scores, formula) if weight == 1 else (s + weight * (scores - s), f"s + {weight:.6g} * ({formula} - s)")
 
-        Raises ValueError where there is no expression or no auxiliary prompt.
-        """
-        text = " ".join(text.split())
-        if not text or not prompts:
-            what = (
-                "at least one auxiliary prompt, with commas between several"
-                if text
-                else "an expression, such as: red star"
-            )
-            raise ValueError(f"Type {what}.")
-        table = self.table(scene, text, prompts, method, **options)
-        boxes, truth = scene.regions[XYWH].to_numpy(), scene.truth.get(text.lower())
-        right = None
-        if truth is not None:
-            right = np.flatnonzero(
-                rec_correct(np.arange(len(boxes)), boxes, np.tile(truth, (len(boxes), 1)))[0]
-            ).tolist()
-        self.summary = _verdict(table, method, right)
-        plotting.region_scores(scene.image, boxes, table, method, text, truth, right or (), self.figure)
-        self.figure.set_dpi(130)
+    def right(self, name: str, setting: Setting) -> Tensor:
+        """Return for each expression of all scenes whether a method finds it, [E] bool."""
+        if setting.template not in self._kept:
+            texts = self.scorer.encode_texts(self.ds.expressions["text"], setting.template)
+            self._kept[setting.template] = self.scorer.pair_logits(self.image, texts, self.pairs)
+        a = self.logits(self.prompts(setting.bank), setting.template)
+        scores, _ = self.score(name, self._kept[setting.template], a, self.pairs, setting)
+        return self.pairs.iou[pick(self.pairs, scores)] > 0.5
+
+    def table(self, scene: Scene, setting: Setting) -> pd.DataFrame:
+        """Return a row a method: pick (number from 1), right (✓, ✗, –: not known), margin to the second-best, formula."""
+        s = self.logits([setting.text], setting.template, scene.features)[scene.rows, 0]
+        a = self.logits(self.prompts(setting.bank), setting.template, scene.features)
+        known, rows = scene.expressions[scene.expressions["text"].str.lower() == setting.text.lower()], {}
+        truth = self.ds.annotations.loc[known["ann_id"], XYWH].to_numpy()[:1]
+        for name in SHOWN:
+            scores, formula = self.score(name, s, a, SimpleNamespace(expression=0 * scene.rows, candidate=scene.rows), setting)
+            if not scores.isnan().any():
+                best, place = (values.tolist() for values in scores.topk(min(2, len(scores))))
+                right = "✗✓"[int(box_iou(scene.boxes[place[0]], truth[0]) > 0.5)] if len(truth) else "–"
+                rows[name] = (place[0] + 1, right, best[0] - best[-1], formula)
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["pick", "right", "margin", "formula"])
+
+    def draw(self, scene: Scene, setting: Setting, table: pd.DataFrame) -> bytes:
+        """Return a PNG: the picture with the picks of CLIP and of the method in focus, and what makes their biases."""
+        self.figure.clear()
+        self.figure.set_layout_engine("none")  # fixed places: a layout that is computed takes as long as the drawing
+        left, right = self.figure.add_axes((0.01, 0.02, 0.53, 0.9)), self.figure.add_axes((0.71, 0.15, 0.28, 0.68))
+        small = scene.image.reduce(max(1, max(scene.image.size) // 800))
+        left.imshow(np.asarray(small), extent=(0, scene.image.width, scene.image.height, 0))
+        left.set(xticks=[], yticks=[], title=plotting.plain(f"“{setting.text}”", 60, 1), frame_on=False)
+        picks = {name: table.at[name, "pick"] - 1 for name in dict.fromkeys(["clip", setting.method])}
+        for number, (x, y, w, h) in enumerate(scene.boxes, 1):
+            left.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=0.8))
+            left.text(x + w, y + h, number, ha="right", va="bottom", fontsize=6, color="white",
+                      bbox={"boxstyle": "square,pad=0.12", "facecolor": "0.2", "edgecolor": "none"})  # fmt: skip
+        for name, row in picks.items():
+            plotting.outline(left, scene.boxes[row], plotting.colour(name), plotting.label(name), below=name != "clip")
+        prompts, t = self.prompts(setting.bank), setting.temperature
+        picked = scene.rows[list(picks.values())]
+        s, a = (self.logits(texts, setting.template, scene.features)[picked].double() for texts in ([setting.text], prompts))
+        shares, bias = 100 * (a / t).softmax(1), pool(a, t)
+        top = shares.amax(0).topk(min(8, len(prompts))).indices
+        for k, (name, row) in enumerate(picks.items()):
+            right.barh(np.arange(len(top)) + 0.4 * k - 0.2, shares[k, top], 0.38, color=plotting.colour(name),
+                       label=f"{plotting.label(name)}'s pick, {row + 1}: logit {float(s[k]):.2f}, bias {bias[k]:.2f}")  # fmt: skip
+        right.set_yticks(range(len(top)), [plotting.plain(prompts[i], 24, 1) for i in top])
+        right.set(xlabel=f"share of the bias at T = {t:.3g}, %", ylim=(len(top) - 0.4, -0.6))
+        right.legend(loc="lower right", bbox_to_anchor=(1, 1))
         canvas, png = FigureCanvasAgg(self.figure), io.BytesIO()
-        canvas.draw()  # savefig would draw it twice
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(png, "png", compress_level=1)
+        canvas.draw()
+        Pillow.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(png, "png", compress_level=1)
         return png.getvalue()
 
+    def code(self, scene: Scene, setting: Setting, table: pd.DataFrame, data: dict[str, Any]) -> str:
+        """Return six lines of Python that repeat the pick of the method in focus."""
+        typed = setting.bank not in BANKS and not Path(setting.bank).is_file()
+        bank = f"{self.prompts(setting.bank)}" if typed else f"auxiliary_prompts({setting.bank!r}, whole)"
+        root, source = repr(data["root"]), f"whole.select({data['split']!r}, {data['limit']})"
+        lines = [f"ds = {source}; candidates = load_candidates(ds, {data['proposals']!r}, {root})", "scorer.encode_regions(ds, candidates"]
+        if scene.features is not self.image:
+            lines = [f"picture, boxes = open_picture({data['file']!r}, upright=True), {scene.boxes.round(1).tolist()}",
+                     "encode_picture(scorer, picture, boxes"]  # fmt: skip
+        return f"""from bsap_utils import *; from bsap_utils.explore import SimpleNamespace, encode_picture, torch
+whole, scorer = load_refer({root}, {data['dataset']!r}), load_scorer({data['models']}, {data['pretrained']})
+{lines[0]}
+image, rows = {lines[1]}, {self.visual_prompts}), torch.arange({int(scene.rows[0])}, {int(scene.rows[-1]) + 1})
+s, a = [scorer.logits(image, scorer.encode_texts(texts, {setting.template!r})) for texts in ([{setting.text!r}], {bank})]
+s, pairs = s[rows, 0], SimpleNamespace(expression=0 * rows, candidate=rows); print(1 + int(({table.at[setting.method, 'formula']}).argmax()))"""
 
-def _verdict(table: pd.DataFrame, method: str, right: list[int] | None) -> str:
-    picks = {"clip": int(table["clip"].argmax()), method: int(table["score"].argmax())}
-    said = []
-    for name, pick in picks.items():
-        known = "" if right is None else ", which is right" if pick in right else ", which is wrong"
-        said.append(f"{plotting.METHOD_LABELS[name]} picks region {table.index[pick]}{known}")
-    if len(picks) == 2:
-        said[1] += ": the same." if len(set(picks.values())) == 1 else ": the pick changes."
-    if right is None:
-        said.append("What these words mean in this picture is not known, so neither is whether that is right.")
-    elif not right:
-        said.append("No candidate overlaps what is meant with IoU > 0.5, so no method can be right here.")
-    return ". ".join(said).replace("..", ".").rstrip(".") + "."
 
+def show(explorer: Explorer, setting: Setting, number: int = 1, **data: Any) -> None:
+    """Display the controls where a person can move them, and where not the picture and the table.
 
-def show(explorer: Explorer, whole: ReferDataset, start: Start, out_dir: Path) -> None:
-    """Display the controls where a person is in front of the notebook, else the picture that `start` asks for.
-
-    `whole` is the data set that banks are made from. A front end without widgets shows the picture too.
+    `data` is what *As Python* names: root, dataset, split, limit, proposals, models, pretrained.
     """
-    scene = explorer.scene(start.scene)
-    text = start.expression or next(iter(scene.truth), "")
-    options = options_of(start.method, explorer.logit_scale, start)
-    png = explorer.see(scene, text, auxiliary_prompts(start.bank, whole), start.method, **options)
-    if somebody_is_there():
-        page = controls(explorer, whole, start, out_dir).page
-        instead = {"text/plain": explorer.summary, "image/png": base64.b64encode(png).decode()}
-        display(page._repr_mimebundle_() | instead, raw=True)
+    scene = explorer.scene(number)
+    setting = setting._replace(text=setting.text or scene.expressions["text"].iloc[0])
+    table = explorer.table(scene, setting)
+    png, kernel = explorer.draw(scene, setting, table), getattr(get_ipython(), "kernel", None)
+    if kernel and kernel.get_parent().get("content", {}).get("allow_stdin"):  # papermill and nbconvert cannot answer
+        page = controls(explorer, setting, number, data).page
+        display(page._repr_mimebundle_() | {"image/png": base64.b64encode(png).decode()}, raw=True)
     else:
-        display(Picture(png, alt=explorer.summary), Markdown(explorer.summary))
+        display(Image(png), plotting.show_table(table.drop(columns="formula"), 2))
 
 
-def somebody_is_there() -> bool:
-    """Tell whether a person may move a slider: JupyterLab and its like can answer questions, papermill and nbconvert cannot."""
-    kernel = getattr(get_ipython(), "kernel", None)
-    return bool(kernel and kernel.get_parent().get("content", {}).get("allow_stdin"))
-
-
-def controls(explorer: Explorer, whole: ReferDataset, start: Start, out_dir: Path) -> SimpleNamespace:
-    """Return the controls as widgets by name, `page` being all of them; each change is drawn at once.
+def controls(explorer: Explorer, start: Setting, number: int, data: dict[str, Any]) -> SimpleNamespace:
+    """Return the controls as widgets by name, `page` holding all; each change is drawn at once.
 
     What is wrong with an input is said on the page, and the picture fades until that is mended.
     """
 
-    def make(kind: Callable, name: str, tip: str, **traits: Any) -> Any:
-        style = {} if kind is ui.FileUpload else {"description_width": "135px"}
-        return kind(description=name, tooltip=tip, layout={"width": "98%"}, style=style, **traits)
+    def make(kind: Any, name: str, tip: str, **traits: Any) -> Any:
+        return kind(description=name, tooltip=tip, style={"description_width": "95px"}, layout={"width": "98%"}, **traits)
 
-    methods = [(plotting.METHOD_LABELS[name], name) for name in (*METHODS, FAMILY)]
-    banks = list(dict.fromkeys([*BANKS, start.bank, OWN_PROMPTS]))
-    power = math.log10(start.temperature)
+    names = [(plotting.label(name), name) for name in SHOWN]
     w = SimpleNamespace(
-        source=ui.ToggleButtons(options=["a scene of the data set", OWN_PICTURE], style={"button_width": "190px"}),
-        scene=make(ui.IntSlider, "Scene", "Which picture of the split", min=1, max=len(explorer.ds.images), value=start.scene),
-        known=make(ui.Dropdown, "Known expressions", "What the data set says of this picture; a choice fills the field below"),
-        upload=make(ui.FileUpload, "Choose a picture", "A PNG or JPEG file", accept="image/*"),
-        boxes=make(ui.Textarea, "Boxes", "In pixels, one box a line; without any, regions are proposed", rows=4,
-                   placeholder="x, y, width, height\n…\nLeft empty, regions are proposed.", continuous_update=False),
-        text=make(ui.Text, "Expression", "What is looked for, in your own words", placeholder="such as: red star"),
-        bank=make(ui.Dropdown, "Auxiliary prompts", "What each region is asked about too", options=banks, value=start.bank),
-        own=make(ui.Textarea, "Own prompts", "Words or phrases, with commas between them", rows=2, value="fish, star, key"),
-        method=make(ui.Dropdown, "Method", "What is compared with CLIP", options=methods, value=start.method),
-        temperature=make(ui.FloatLogSlider, "Temperature", "Low: a region's largest auxiliary logit counts; high: their mean",
-                         min=min(-1.0, power), max=max(3.0, power), step=0.05, readout_format=".3g"),
-        weight=make(ui.FloatSlider, "Weight", "Of the bias that is taken off; in BSAP-H of CLIP's softmax", max=1.5, step=0.05),
-        nearest=make(ui.IntSlider, "Nearest prompts", "Only that many of a region's auxiliary logits count, the largest", min=1),
+        source=ui.ToggleButtons(options=["a scene of the data set", "a picture of my own"], style={"button_width": "180px"}),
+        scene=make(ui.IntSlider, "Scene", "Which picture", min=1, max=len(explorer.ds.images), value=number),
+        known=make(ui.Dropdown, "Known texts", "What the data set says of it; a choice fills the field below"),
+        text=make(ui.Text, "Expression", "What is looked for", value=start.text),
+        template=make(ui.Text, "Template", "What stands around all texts; {} is their place", value=start.template),
+        bank=make(ui.Combobox, "Bank", "A name, or prompts with commas between them", value=start.bank, options=BANKS),
+        method=make(ui.Dropdown, "In focus", "The method that is drawn", options=names, value=start.method),
+        temperature=make(ui.FloatLogSlider, "Temperature", "Low: the largest logit counts; high: the mean", step=0.05,
+                         value=start.temperature, min=-1, max=3, readout_format=".3g"),
+        weight=make(ui.FloatSlider, "Weight", "Of the bias that BSAP takes off", value=start.weight, max=1.5, step=0.01),
+        win=ui.Button(description="Next win"), loss=ui.Button(description="Next loss"), random=ui.Button(description="Random"),
+        upload=ui.FileUpload(description="Choose a picture", accept="image/*"),
+        find=ui.Button(description="Find candidates"), boxes=BBoxWidget(classes=["candidate"], hide_buttons=True),
+        code=make(ui.Textarea, "As Python", "Copy these six lines: they repeat what is shown", rows=7),
+        mark=ui.HTML(), table=ui.HTML(), message=ui.HTML(), picture=ui.HTML(), total=ui.HTML(),
     )  # fmt: skip
-    inputs = list(vars(w).values())
-    w.message, w.summary, w.picture = ui.HTML(), ui.HTML(), ui.HTML()
-    w.save = ui.Button(description="Save the picture", icon="save", tooltip=f"As fig_explore.png and .svg in {out_dir}")
-    place = {"temperature": w.temperature, "weight": w.weight, "k": w.nearest, "nearest": w.nearest}
+    state = SimpleNamespace(busy=False, row=-1, image=None, scene=explorer.scene(number))
+    of_scene = ui.VBox([w.scene, w.known, ui.HBox([w.win, w.loss, w.random])])
+    of_own = ui.VBox([ui.HBox([w.upload, w.find]), w.boxes])
+    asked = [w.text, w.template, w.bank, w.method, w.temperature, w.weight]
 
-    def set_options(options: dict[str, Any]) -> None:
-        w.weight.max = 1.0 if w.method.value == "bsap_h" else 1.5
-        for widget in place.values():  # a value that plays no part would mislead
-            widget.disabled, widget.layout.visibility = True, "hidden"
-        for name, value in options.items():
-            place[name].disabled, place[name].layout.visibility = False, "visible"
-            place[name].value = w.nearest.max if value is None else value
+    def own_scene(changed: Any) -> Scene:
+        if not w.upload.value:
+            raise ValueError("Choose a picture: a PNG or JPEG file.")
+        if changed is w.upload:
+            state.image, w.boxes.bboxes = open_picture(bytes(w.upload.value[0]["content"]), upright=True), []
+            state.image.save(stream := io.BytesIO(), "jpeg", quality=85)
+            w.boxes.image_bytes = stream.getvalue()
+        if changed is w.find:
+            from .segmenters import felzenszwalb  # here, since scikit-image takes a second to import
+
+            masks, _ = felzenszwalb(state.image, top_k=15)
+            found = coco.toBbox(masks) if masks else np.array([[0, 0, *state.image.size]])
+            w.boxes.bboxes = [dict(zip(BOX, box, strict=True)) | {"label": "candidate"} for box in found.tolist()]
+        if not w.boxes.bboxes:
+            raise ValueError("Draw boxes on the picture with the mouse, or press Find candidates.")
+        return explorer.own_scene(state.image, [[box[side] for side in BOX] for box in w.boxes.bboxes])
+
+    def go_on(changed: Any, setting: Setting) -> None:
+        """Take the next expression where only the method in focus is right, only CLIP is, or any."""
+        clip, mine = explorer.right("clip", setting), explorer.right(setting.method, setting)
+        wanted = {w.win: mine & ~clip, w.loss: clip & ~mine}.get(changed, clip | True).nonzero()[:, 0].tolist()
+        if not wanted:
+            raise ValueError("There is none in these scenes.")
+        after = [row for row in wanted if row > state.row] or wanted
+        state.row = int(np.random.default_rng().choice(wanted)) if changed is w.random else after[0]
+        found = explorer.ds.expressions.iloc[state.row]
+        w.scene.value = explorer.ds.images.index.get_loc(found["image_id"]) + 1
+        w.text.value = found["text"]
 
     def update(changed: Any) -> None:
-        uploaded = w.source.value == OWN_PICTURE
-        shown = {
-            w.scene: not uploaded,
-            w.known: not uploaded,
-            w.upload: uploaded,
-            w.boxes: uploaded,
-            w.own: w.bank.value == OWN_PROMPTS,
-        }
-        for widget, there in shown.items():
-            widget.layout.display = "" if there else "none"
-        if uploaded and not w.upload.value:
-            raise ValueError("Choose a picture: a PNG or JPEG file.")
-        if changed in (w.source, w.scene, w.upload, w.boxes):
-            w.message.value = "Encoding the regions …"
-        scene = (
-            explorer.own_scene(bytes(w.upload.value[0]["content"]), w.boxes.value)
-            if uploaded
-            else explorer.scene(w.scene.value)
-        )
-        if changed is w.scene:
-            w.known.options, w.known.index = list(scene.truth), 0 if scene.truth else None
-        if changed in (w.scene, w.known):
-            w.text.value = w.known.value or ""
-        typed = [part.strip() for part in re.split(r"[,\n]", w.own.value) if part.strip()]
-        prompts = list(dict.fromkeys(typed)) if w.bank.value == OWN_PROMPTS else auxiliary_prompts(w.bank.value, whole)
-        w.nearest.max = max(len(prompts), 1)
-        if changed is w.method:
-            set_options(options_of(w.method.value, explorer.logit_scale))
-        png = explorer.see(
-            scene, w.text.value, prompts, w.method.value, **{o: place[o].value for o in options_of(w.method.value)}
-        )
-        said, encoded = html.escape(explorer.summary), base64.b64encode(png).decode()
-        w.message.value, w.summary.value = "", f'<div role="status">{said}</div>'
-        w.picture.value = f'<img style="width: 100%; opacity: 1" alt="{said}" src="data:image/png;base64,{encoded}">'
+        own = w.source.index == 1
+        of_scene.layout.display, of_own.layout.display = ("none", "") if own else ("", "none")
+        if changed in (w.win, w.loss, w.random):
+            go_on(changed, Setting(*(widget.value for widget in asked)))
+        if changed not in asked:
+            state.scene = own_scene(changed) if own else explorer.scene(w.scene.value)
+        if changed in (w.scene, w.source) and not own:
+            w.text.value = state.scene.expressions["text"].iloc[0]
+        if changed is w.known and w.known.value:
+            w.text.value = w.known.value
+        texts = state.scene.expressions["text"].tolist()
+        w.known.options, w.known.value = texts, w.text.value if w.text.value in texts else None
+        setting = Setting(*(widget.value for widget in asked))
+        if not setting.text.strip():
+            raise ValueError("Type an expression, such as: red star.")
+        table = explorer.table(state.scene, setting)
+        png = base64.b64encode(explorer.draw(state.scene, setting, table)).decode()
+        words = html.escape(", ".join(f"{plotting.label(n)} picks {table.at[n, 'pick']}" for n in ("clip", setting.method)))
+        w.picture.value = f'<img style="width: 100%; opacity: 1" alt="{words}" src="data:image/png;base64,{png}">'
+        w.message.value = f'<div role="status">{UNSEEN}</div>' if own and "clip-refshapes" in str(data["models"]) else ""
+        w.table.value = plotting.show_table(table.drop(columns="formula"), 2).to_html()
+        w.code.value = explorer.code(state.scene, setting, table, data | {"file": w.upload.value[0]["name"] if own else ""})
+        weight = explorer.calibrated(setting)
+        w.mark.value = MARK.format(100 * weight / w.weight.max, weight) if weight == weight else ""
+        mine, clip = (100 * explorer.right(name, setting).double().mean() for name in (setting.method, "clip"))
+        w.total.value = f"This setting on all scenes: <b>{mine:.1f} %</b> right (CLIP {clip:.1f} %)."
 
-    busy = [False]
-
-    def on_change(change: dict[str, Any]) -> None:
-        if busy[0]:  # what is set along with something else needs no drawing of its own
+    def on_change(changed: Any) -> None:
+        if state.busy:  # what is set along with something else needs no drawing of its own
             return
-        busy[0] = True
+        state.busy = True
         try:
-            update(change["owner"])
+            update(changed)
         except Exception as error:  # nothing that a person types or uploads may end in a traceback
-            meant = isinstance(error, (ValueError, RuntimeError, OSError))
-            words = str(error) if meant else f"This went wrong: {type(error).__name__}: {error}"
+            words = str(error) if isinstance(error, (ValueError, RuntimeError, OSError)) else repr(error)
             w.message.value = f'<div role="alert" style="color: #B00020">{html.escape(words)}</div>'
-            w.summary.value, w.picture.value = "", w.picture.value.replace("opacity: 1", "opacity: 0.3", 1)
+            w.picture.value = w.picture.value.replace("opacity: 1", "opacity: 0.3", 1)
         finally:
-            busy[0] = False
+            state.busy = False
 
-    def on_save(_: Any) -> None:
-        plotting.save(explorer.figure, out_dir / "fig_explore")
-        w.message.value = f'<div role="status">Saved: {html.escape(str(out_dir / "fig_explore.png"))} and .svg</div>'
-
-    on_change({"owner": w.scene})
-    busy[0] = True
-    set_options(options_of(start.method, explorer.logit_scale, start))
-    busy[0] = False
-    for widget in inputs:
-        widget.observe(on_change, "value")
-    w.text.value = start.expression or w.text.value
-    w.save.on_click(on_save)
-    halves = [
-        [w.scene, w.known, w.upload, w.boxes, w.text],
-        [w.bank, w.own, w.method, w.temperature, w.weight, w.nearest],
-    ]
-    columns = ui.HBox([ui.VBox(half, layout={"width": "50%"}) for half in halves])
-    w.page = ui.VBox([w.source, columns, w.message, w.summary, w.picture, w.save], layout={"max_width": "920px"})
+    on_change(w.text)
+    for widget in (w.source, w.scene, w.known, w.upload, w.boxes, *asked):
+        widget.observe(lambda change: on_change(change["owner"]), "bboxes" if widget is w.boxes else "value")
+    for button in (w.win, w.loss, w.random, w.find):
+        button.on_click(on_change)
+    left = ui.VBox([of_scene, of_own, *asked, w.mark], layout={"width": "58%"})
+    w.page = ui.VBox([w.source, ui.HBox([left, w.table]), w.message, w.picture, w.total, w.code], layout={"max_width": "940px"})
     return w
