@@ -33,6 +33,7 @@ def ground_truth(ds: ReferDataset) -> pd.DataFrame:
     frame = ds.annotations[~crowd].reset_index(names="ann_id")[["image_id", *XYWH, "ann_id", "segmentation"]]
     targets = int(ds.expressions["ann_id"].isin(ds.annotations.index[crowd]).sum())
     counts = {"crowd regions left out": int(crowd.sum()), "expressions that mean a crowd region": targets}
+    frame = frame.drop(columns="segmentation") if frame["segmentation"].isna().all() else frame
     return _complete(frame, ds, counts)
 
 
@@ -197,6 +198,7 @@ def _mask_overlaps(
     return iou, intersection, union
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def check_boxes(ds: ReferDataset, boxes: pd.DataFrame, source: str | Path) -> None:
     """Raise DatasetError where `boxes`, as they stand in a file, seem not to be [x, y, w, h] in pixels of ds's pictures.
 
@@ -245,26 +247,26 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def to_rle(segmentation: Any, height: int, width: int) -> dict:
     """Return COCO's compressed RLE of a mask: of polygons, RLE of either kind, or rows of true and false or 0 and 1.
 
-    Raises DatasetError for all else: another size, runs that do not fill the image, no polygon of three points.
+    Raises ValueError, TypeError or KeyError for all else: another size, runs that do not fill the image, no polygon of
+    three points; those who know the file make a DatasetError of it.
 
     >>> to_rle([[0, 0, 3, 0, 3, 2, 0, 2]], 2, 4)["size"]
     [2, 4]
     """
-    with reading("A mask", f"RLE, polygons or a matrix for a picture of {height} rows of {width} pixels"):
-        mask = datasets.clean_mask(segmentation, height, width)[0]
-        if isinstance(mask, dict):
-            runs = np.array(mask["counts"]) if isinstance(mask["counts"], list) else _runs(mask["counts"])
-            inside = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
-            if list(mask["size"]) != [height, width] or not inside or runs.sum() != height * width:
-                raise ValueError(f"RLE of size {mask['size']}, or runs that do not fill it")
-            return coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
-        if type(mask[0][0]) is bool:
-            raise ValueError("a matrix of another size")
-        points = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in mask]
-        length = sum(np.abs(np.diff(polygon, axis=0)).sum() for polygon in points)
-        if not (length <= MAX_OUTLINE and np.abs(np.concatenate(points)).max() <= 10 * (height + width)):  # nor NaN
-            raise ValueError(f"a polygon of {length:.0f} pixels, or with a point far outside")
-        return coco.merge(coco.frPyObjects([polygon.ravel().tolist() for polygon in points], height, width))
+    mask = datasets.clean_mask(segmentation, height, width)[0]
+    if isinstance(mask, dict):
+        runs = np.array(mask["counts"]) if isinstance(mask["counts"], list) else _runs(mask["counts"])
+        inside = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
+        if list(mask["size"]) != [height, width] or not inside or runs.sum() != height * width:
+            raise ValueError(f"RLE of size {mask['size']} for {height} × {width} pixels, or runs that do not fill it")
+        return coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+    if type(mask[0][0]) is bool:
+        raise ValueError(f"a matrix of another size than {height} × {width}")
+    points = [np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in mask]
+    length = sum(np.abs(np.diff(polygon, axis=0)).sum() for polygon in points)
+    if not (length <= MAX_OUTLINE and np.abs(np.concatenate(points)).max() <= 10 * (height + width)):  # nor NaN
+        raise ValueError(f"a polygon of {length:.0f} pixels, or with a point far outside")
+    return coco.merge(coco.frPyObjects([polygon.ravel().tolist() for polygon in points], height, width))
 
 
 def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> np.ndarray:
@@ -273,7 +275,8 @@ def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> np.nd
     >>> decode_masks([{"size": [2, 3], "counts": [1, 2, 3]}], 2, 3).sum((1, 2))
     array([2])
     """
-    masks = coco.decode([to_rle(segmentation, height, width) for segmentation in segmentations])
+    with reading("A mask", f"RLE, polygons or a matrix for a picture of {height} × {width} (height × width)"):
+        masks = coco.decode([to_rle(segmentation, height, width) for segmentation in segmentations])
     return np.ascontiguousarray(masks.transpose(2, 0, 1)).astype(bool)
 
 
@@ -347,9 +350,8 @@ def _complete(frame: pd.DataFrame, ds: ReferDataset, counts: dict[str, int], top
     whole = whole.assign(ann_id=-1, score=np.nan, segmentation=None)[columns].astype(frame.dtypes[columns])
     frame = pd.concat([frame[columns], whole]) if len(whole) else frame[columns]
     frame = frame.iloc[np.argsort(ds.images.index.get_indexer(frame["image_id"]), kind="stable")].reset_index(drop=True)
-    masks = frame.pop("segmentation") if "segmentation" in frame else pd.Series(dtype=object)
-    if masks.notna().any():
-        boxes = zip(masks, frame[XYWH].to_numpy(), _sizes(ds, frame), strict=True)
+    if "segmentation" in frame:
+        boxes = zip(frame.pop("segmentation"), frame[XYWH].to_numpy(), _sizes(ds, frame), strict=True)
         masks = [mask or _box_rle(box, height, width) for mask, box, (width, height) in boxes]
         frame["segmentation"] = pd.Series(masks, dtype=object)
     frame.attrs["counts"] = counts | {"images without a candidate, given the whole image as one": len(whole)}
