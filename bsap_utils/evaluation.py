@@ -58,8 +58,11 @@ def _start(setting: Mapping[str, Any], methods: Sequence[str], count: int) -> di
     return {**texts, "method": list(methods), "n": count}
 
 
-def _four_digits(p: np.ndarray) -> list[float]:
-    return [float(f"{one:.4g}") for one in p]
+def _means(parts: dict[str, np.ndarray], images: np.ndarray, seed: int, draws: int = 10_000) -> dict[str, np.ndarray]:
+    """Mean, low and high in percent, [3, K], of each part [E, K], from the same resamples of images."""
+    values = np.concatenate([*parts.values()], 1)
+    three = percent(np.stack([values.mean(0), *cluster_bootstrap(values, images, draws=draws, seed=seed)]))
+    return dict(zip(parts, np.split(three, len(parts), axis=1), strict=True))
 
 
 def rec_table(
@@ -79,16 +82,14 @@ def rec_table(
     """
     rows, images = _picks(pairs, scores)
     hits = (pairs.iou[rows] > threshold).double().numpy().T
-    delta = hits - hits[:, :1]
-    low, high = cluster_bootstrap(hits, images, seed=seed)
-    delta_low, delta_high = cluster_bootstrap(delta, images, seed=seed)
-    p = sign_flip_p(delta, images, seed=seed)
-    adjusted = np.r_[1.0, holm(p[1:])]
+    found = _means({"accuracy": hits, "delta": hits - hits[:, :1]}, images, seed)
+    p = sign_flip_p(hits - hits[:, :1], images, seed=seed)
     return pd.DataFrame({
         **_start(setting, list(scores), len(hits)),
-        "accuracy": percent(hits.mean(0)), "ci_low": percent(low), "ci_high": percent(high),
-        "delta_vs_clip": percent(delta.mean(0)), "p_value": _four_digits(p),
-        "delta_ci_low": percent(delta_low), "delta_ci_high": percent(delta_high), "p_holm": _four_digits(adjusted),
+        "accuracy": found["accuracy"][0], "ci_low": found["accuracy"][1], "ci_high": found["accuracy"][2],
+        "delta_vs_clip": found["delta"][0], "p_value": p.round(4),
+        "delta_ci_low": found["delta"][1], "delta_ci_high": found["delta"][2],
+        "p_holm": np.r_[1.0, holm(p[1:])].round(4),
     })  # fmt: skip
 
 
@@ -102,23 +103,20 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     if pairs.intersection is None or pairs.union is None:
         raise ValueError("The pairs have no masks: make them with pair_up(ds, candidates, masks=True).")
     rows, images = _picks(pairs, {**scores, "oracle": pairs.iou})
-    above, iou = (values[rows].double().numpy().T for values in (pairs.intersection, pairs.iou))
-    below = np.maximum(pairs.union[rows].double().numpy().T, 1e-9)  # nothing but empty masks: oIoU 0
-    deltas: dict[str, Any] = {}
-    measures: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"oiou": (above, below), "miou": (iou, None)}
-    measures |= {f"p{round(100 * t)}": ((iou >= t).astype(np.float64), None) for t in RIS_THRESHOLDS}
+    above, below, iou = (values[rows].double().numpy().T for values in (pairs.intersection, pairs.union, pairs.iou))
+    below = np.maximum(below, 1e-9)  # nothing but empty masks: oIoU 0
+    value = above.sum(0) / below.sum(0)
+    found = {"oiou": percent(np.stack([value, *cluster_bootstrap(above, images, below, seed=seed)]))}
+    precisions = {f"p{round(100 * t)}": (iou >= t).astype(np.float64) for t in RIS_THRESHOLDS}
+    found |= _means({"miou": iou, **precisions, "delta_miou": iou - iou[:, :1]}, images, seed)
+    delta_oiou = np.stack([value - value[0], *cluster_bootstrap(above, images, below, seed=seed, reference=0)])
+    deltas = {"delta_oiou": percent(delta_oiou), "delta_miou": found.pop("delta_miou")}
     columns = _start(setting, [*scores, "oracle"], len(iou))
-    for name, (top, bottom) in measures.items():
-        value = top.sum(0) / (len(top) if bottom is None else bottom.sum(0))
-        low, high = cluster_bootstrap(top, images, bottom, seed=seed)
-        columns |= {name: percent(value), f"{name}_low": percent(low), f"{name}_high": percent(high)}
-        if name in ("oiou", "miou"):
-            low, high = cluster_bootstrap(top, images, bottom, seed=seed, reference=0)
-            deltas |= {f"delta_{name}_vs_clip": percent(value - value[0]),
-                       f"delta_{name}_low": percent(low), f"delta_{name}_high": percent(high)}  # fmt: skip
+    for name, (middle, low, high) in (found | deltas).items():
+        columns |= {name + "_vs_clip" * (name in deltas): middle, f"{name}_low": low, f"{name}_high": high}
     p = sign_flip_p(iou - iou[:, :1], images, seed=seed)
-    adjusted = np.r_[1.0, holm(p[1:-1]), np.nan]  # the oracle is no method
-    return pd.DataFrame(columns | deltas | {"p_value": _four_digits(p), "p_holm": _four_digits(adjusted)})
+    p_holm = np.r_[1.0, holm(p[1:-1]), np.nan]  # the oracle is no method
+    return pd.DataFrame({**columns, "p_value": p.round(4), "p_holm": p_holm.round(4)})
 
 
 def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
@@ -178,16 +176,16 @@ def accuracy_by(
     """
     rows, images = _picks(pairs, scores)
     hits = (pairs.iou[rows] > threshold).double().numpy().T
-    parts = []
+    columns, parts = ["accuracy", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"], []
     for aspect, labels in pd.DataFrame(groups).items():
-        for name, inside in labels.groupby(labels, observed=True, sort=True).indices.items():
-            part = hits[inside]
-            both = np.concatenate([part, part - part[:, :1]], 1)
-            values = percent(np.stack([both.mean(0), *cluster_bootstrap(both, images[inside], seed=seed)], 1))
-            numbers = np.concatenate([values[: len(scores)], values[len(scores) :]], 1)
-            parts += [[aspect, name, method, len(part), *row] for method, row in zip(scores, numbers, strict=True)]
-    columns = ["accuracy", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"]
-    return pd.DataFrame(parts, columns=["aspect", "slice", "method", "n", *columns])
+        labels = labels.reset_index(drop=True)
+        for name, inside in labels.groupby(labels, observed=True).indices.items():
+            own = hits[inside]
+            found = _means({"accuracy": own, "delta": own - own[:, :1]}, images[inside], seed, draws=2000)
+            numbers = dict(zip(columns, [*found["accuracy"], *found["delta"]], strict=True))
+            start = {"aspect": aspect, "slice": name, "method": list(scores), "n": len(own)}
+            parts.append(pd.DataFrame({**start, **numbers}))
+    return pd.concat(parts, ignore_index=True)
 
 
 _RELATION = (r"\b(?:above|below|under|underneath|beneath|behind|beside|near|nearest|closest|next to|in front of|on top of|"

@@ -54,8 +54,8 @@ def region_share(logits: Tensor, image: Tensor) -> float:
     >>> region_share(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0, 0]))
     0.9
     """
-    sums = sums_of_squares(logits, image).sum()
-    return float(sums["region"] / (sums["region"] + sums["interaction"]))
+    region, _, interaction = sums_of_squares(logits, image).sum()
+    return region / (region + interaction) if region + interaction else np.nan
 
 
 def variance_shares(logits: Tensor, image: Tensor, compete: bool = True, seed: int = 0) -> pd.Series:
@@ -101,7 +101,7 @@ def gini(counts: np.ndarray | Tensor) -> float:
     """
     ordered = np.sort(np.asarray(counts, np.float64))
     ranks = 2 * np.arange(1, len(ordered) + 1) - len(ordered) - 1
-    return float(ranks @ ordered / (len(ordered) * ordered.sum()))
+    return float(ranks @ ordered / (len(ordered) * ordered.sum())) if ordered.any() else np.nan
 
 
 def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -133,6 +133,7 @@ def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, see
 
 
 def _bounds(values: np.ndarray) -> np.ndarray:
+    values = values[np.isfinite(values)]  # a resample may lack all that varies
     return np.quantile(values, [0.025, 0.975]) if len(values) else np.array([np.nan, np.nan])
 
 
@@ -140,7 +141,7 @@ def region_traits(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
     """Return what might make a candidate a hub, a row a candidate.
 
     kind  OBJECT (IoU ≥ 0.5 with one), GROUND (IoU < 0.1 with every object) or else LOOSE
-    category  of the object it frames best, None where that is no OBJECT
+    category  of the object it frames best, missing where it is no OBJECT
     framing  highest IoU with an object
     size  share of the image's area
     off_centre  distance of its centre from the image's, in half diagonals: 0 in the middle, 1 in a corner
