@@ -1,382 +1,290 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg from the network (`bsap data get`), and a check of what is there (`bsap data check`).
+"""RefCOCO, RefCOCO+, RefCOCOg and real CLIP scores from the network (`bsap data get`), and a look at what is here.
 
-Only the COCO pictures that a split needs are fetched: 1,500 for RefCOCO val, not 83,000. A file gets its name when it
-is whole, and its SHA-256 goes to `root/SHA256SUMS`, whose comments tell which splits were asked for. The hosts of this
-field come and go: each file has several addresses, and a mirror with the same names (`refcoco.zip`,
-`reclip_data.tar.gz`, `train2014/COCO_train2014_….jpg`) replaces them all.
+Only the COCO pictures that a split needs are fetched: 1,500 for RefCOCO val, not 83,000. pooch downloads, so that a file
+gets its name when it is whole and has the known hash. The hosts of this field come and go: a file has several addresses,
+and a mirror with the same file names (BSAP_BASE_URL) replaces them all. An archive that lies in the root is not fetched.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import errno
-import gzip
-import hashlib
+import json
 import os
 import re
 import shutil
+import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
-import httpx
+import numpy as np
 import pandas as pd
+import pooch
+import requests
+import torch
 from tqdm import tqdm
 
-from .datasets import CLIPPED, NO_AREA, DatasetError, ReferDataset, load_refer
-from .proposals import _WHOLE, from_boxes
+from bsap_utils.datasets import DatasetError, ReferDataset, load_refer, read_json, write_file
+from bsap_utils.regions import from_boxes, from_masks
+from bsap_utils.scoring import NETWORK
 
-_UNC = "https://bvisionweb1.cs.unc.edu/licheng/referit/data/"
-_SAVED = "https://web.archive.org/web/{}/" + _UNC  # the Web Archive's copies
-_DETECTIONS, _PICTURES = "reclip_data.tar.gz", "train2014/"
-ADDRESSES = {  # tried in this order; --base-url or BSAP_BASE_URL replaces them all
-    "refcoco.zip": [_UNC + "refcoco.zip", _SAVED.format("20220413011718") + "refcoco.zip"],
-    "refcoco+.zip": [_UNC + "refcoco+.zip", _SAVED.format("20220413011656") + "refcoco+.zip"],
-    "refcocog.zip": [_UNC + "refcocog.zip", _SAVED.format("20220413012904") + "refcocog.zip"],
-    _DETECTIONS: [  # ReCLIP's own bucket was reported gone in 2024; the second is a copy by authors who build on it
-        "https://storage.googleapis.com/reclip-sanjays/reclip_data.tar.gz",
-        "https://huggingface.co/datasets/CresCat01/RefCOCO-Triplets/resolve/main/reclip_data.tar.gz",
+UNC, RAW = "https://bvisionweb1.cs.unc.edu/licheng/referit/data/", "https://raw.githubusercontent.com/"
+SAVED = "https://web.archive.org/web/"  # the Web Archive's copies
+HOSTS = {  # folders, tried in this order, of the files whose name matches
+    r"refcoco\.zip": [UNC, f"{SAVED}20220413011718/{UNC}"],
+    r"refcoco\+\.zip": [UNC, f"{SAVED}20220413011656/{UNC}"],
+    r"refcocog\.zip": [UNC, f"{SAVED}20220413012904/{UNC}"],
+    r"refcoco.*\.json": [
+        f"{RAW}Vision-CAIR/MiniGPT-4/d94738a7626ec43eba6c2cddf3cd2043f1a9689a/eval_scripts/eval_data/"
     ],
-    _PICTURES: [
-        "http://images.cocodataset.org/train2014/",
-        "https://s3.amazonaws.com/images.cocodataset.org/train2014/",
+    r"reclip_data\.tar\.gz": [  # ReCLIP's own bucket was reported gone in 2024; a copy by authors who build on it
+        "https://storage.googleapis.com/reclip-sanjays/",
+        "https://huggingface.co/datasets/CresCat01/RefCOCO-Triplets/resolve/main/",
     ],
+    r"train2014/.*": ["http://images.cocodataset.org/", "https://s3.amazonaws.com/images.cocodataset.org/"],
+    r".*\.npy": [f"{RAW}Weixin-Liang/Modality-Gap/8e20cb24efa4c5f89aad694f2f65eb43ffc46d10/Figure_1_Modality_Gap/"],
+    r".*\.pt": [f"{RAW}Alljoined/EEG_Image_decode/e0dfa58dae3e847e685198d31f98c717d753c90d/Retrieval/"],
 }
-SPLITS = {  # with the published numbers of images, for an estimate before there are annotations
-    "refcoco": {"train": 16_994, "val": 1_500, "testA": 750, "testB": 750},
-    "refcoco+": {"train": 16_992, "val": 1_500, "testA": 750, "testB": 750},
-    "refcocog": {"train": 21_899, "val": 1_300, "test": 2_600},  # split by umd
+HASHES = {
+    "features_clip.npy": "7227280ace0f145d2c45afa8ab507a1cb280e9460aa271fe9052d08e35342adb",
+    "ViT-H-14_features_test.pt": "2d772e733ae9afe01f60547c38f0026a094347aa56fefd77cf375cf53667cdc9",
+    "refcoco+_testA.json": "e05867fc4f786e03b0e86638e805e2a96629c8e0ae92ecce6644df26ce601112",
+    "refcoco+_testB.json": "b284e208d8333c754f76fa433c04876beaa7098da330af75e3572b6d488957a9",
+    "refcoco+_val.json": "0de14cf1685ab72f1eb8678affa07a4e3d46ed7a01f1d02f036bf77193c77e5b",
+    "refcoco_testA.json": "5c4eeda67e979b10a5f8de7d13f800ad92b6639051d0dc8c6329dea06e564471",
+    "refcoco_testB.json": "dcf893fcee5bffe1e8b664e83802d1b8f5e940e3dc2dd9a557b143bdd93e7551",
+    "refcoco_val.json": "385ceafb946e9401e01fd1a4e28b2bd177563c920110fdd9a5c391ee196a3710",
+    "refcocog_test.json": "5af7fe7697c88db1943d027e602a404e9ff6a93df1bf1a6a6a8964b287d83601",
+    "refcocog_val.json": "a39eb2e6286a7c8a27905a7e0b27973247fdb5c736fbc4b1537403ad7e640fc9",
 }
-FOLDER = Path("images/mscoco/images/train2014")  # of the pictures, below the root
-WORKERS, ROUNDS, BACK_OFF = 16, 3, 1.0  # at a time; tries of each address; seconds before the second, then double
-PICTURE_BYTES = 165_000  # mean of COCO train2014, for estimates
-DOWNLOAD_LIMIT, UNPACKED_LIMIT = 2_000_000_000, 4_000_000_000  # bytes of one file, of one archive: against bombs
-_MISSING, _NO_ANSWER = "missing", "no answer"
-_BY_HAND = "a mirror with --base-url or BSAP_BASE_URL; then run this again."
-_UNREACHABLE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.ProxyError, httpx.InvalidURL)
-_bytes = partial(tqdm.format_sizeof, suffix="B")
-Sums = dict[str, str]  # path below the root → SHA-256
+SPLITS = {name: ["train", "val", "testA", "testB"] for name in ("refcoco", "refcoco+")} | {
+    "refcocog": ["train", "val", "test"]
+}
+UNREACHABLE = (requests.ConnectionError, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL)
+LIMIT = 2_000_000_000  # bytes of a download, and of what an archive unpacks to: against bombs
+PICTURE_BYTES = 165_000  # mean of COCO train2014
+WORKERS, ROUNDS, PAUSE = 16, 3, 1.0  # pictures at a time; tries of each address; seconds before the second
 
 
-def get(
-    name: str, splits: list[str] | None = None, root: Any = "data", base_url: str | None = None, images: Any = None
-) -> list[str]:
-    """Fetch annotations, detected proposals and the pictures of `splits` (all but train when not given) into `root`.
+class Bar(tqdm):
+    """A progress bar that ends a download which is larger than anything here should be."""
 
-    What is there and whole is not fetched again; an archive put into `root` by hand is used instead of its addresses.
-    `images` is a COCO folder (2014 or 2017) whose pictures are linked; what it lacks is fetched. Says what it is going
-    to fetch. Returns what could not be got: an empty list means that the splits are complete. Raises DatasetError where
-    nothing more can be done (unknown names, no annotations to be had), OSError when the disk is full or not writable.
+    def __bool__(self) -> bool:  # tqdm's own is false where the size is not known, and pooch asks
+        return True
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` bytes; ValueError beyond LIMIT (twice it, for pooch adds the whole size at the end)."""
+        self.seen = getattr(self, "seen", 0) + (n or 0)
+        if self.seen > 2 * LIMIT:
+            raise ValueError(f"sends more than {LIMIT:,} bytes")
+        return super().update(n)
+
+
+def fetch(file: str, target: Path, base_url: str | None, accept: Callable[[Path], Any], quiet: bool = False) -> None:
+    """Download `file` to `target` from the first address whose answer `accept` takes; DatasetError if none does.
+
+    What may pass (server errors, broken connections, damaged files) is tried again. A file that is there is accepted.
     """
-    root, base_url = Path(root), base_url or os.environ.get("BSAP_BASE_URL")
-    if name not in SPLITS:
-        raise DatasetError(f"{name}: no data set to get. There are {', '.join(SPLITS)}; refshapes needs no download.")
-    splits = splits or [split for split in SPLITS[name] if split != "train"]
-    if not set(splits) <= set(SPLITS[name]):
-        raise DatasetError(f"{name} has no split {' or '.join(splits)}. Splits: {', '.join(SPLITS[name])}.")
-    if images is not None and not Path(images).is_dir():
-        raise DatasetError(f"{images}: there is no such folder. --images names one with the pictures of COCO.")
-    annotations = [root / name / "instances.json", root / name / f"refs({'umd' if name == 'refcocog' else 'unc'}).p"]
-    detections, sums, problems = root / f"{name}_dets_dict.json", _read_sums(root)[0], []
-    (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    for old in (*root.glob(".part-*"), *(root / FOLDER).glob(".part-*")):  # of a run that was killed
-        with suppress(FileNotFoundError):  # another run's, which has just ended
-            if time.time() - old.stat().st_mtime > 86_400:
-                shutil.rmtree(old, ignore_errors=True)
-    with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(30, connect=5)) as client:
-        fetch = partial(_fetch, client, base_url)
-        get_archive = partial(_get_archive, fetch, root, sums)
+    if target.is_file():
+        return accept(target)
+    hosts = [f"{base_url.rstrip('/')}/"] if base_url else [*next(h for p, h in HOSTS.items() if re.fullmatch(p, file))]
+    tried = {}
+    for number in range(ROUNDS):
+        time.sleep(PAUSE * number * bool(hosts))
+        for host in [*hosts]:
+            url = host + quote(file, safe="/+")
+            try:
+                with Bar(desc=file, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+                    how = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=(5, 30))
+                    pooch.retrieve(url, HASHES.get(file), target.name, target.parent, downloader=how)
+                return accept(target)
+            except (OSError, ValueError) as error:  # the network's have no number, the disk's do
+                target.unlink(missing_ok=True)
+                if getattr(error, "errno", None):
+                    raise
+                tried[url] = str(error).rpartition("Caused by ")[2]
+                status = getattr(getattr(error, "response", None), "status_code", 500)
+                if status < 500 and status not in (408, 429) or isinstance(error, UNREACHABLE):
+                    hosts.remove(host)
+    why = "".join(f"\n  {url}: {reason}" for url, reason in tried.items())
+    here = [f"{name}={os.environ[name]}" for name in (*NETWORK, "REQUESTS_CA_BUNDLE") if os.environ.get(name)]
+    hint = f" (correct or unset {' '.join(here)}?)" if here and len(hosts) < len(tried) else ""
+    raise DatasetError(f"{file} cannot be got{hint}:{why}\n  Put it at {target}, or name a mirror: BSAP_BASE_URL.")
+
+
+def install(archive: Path, wanted: str, place: Path, accept: Callable[[Path], Any]) -> None:
+    """Move the files of an archive whose names match `wanted` to `place`, if `accept` takes the folder they were in.
+
+    Nothing gets out of that folder: zipfile drops what leads out of it, tarfile's data filter refuses it.
+    """
+    is_zip = archive.suffix == ".zip"
+    with TemporaryDirectory(prefix=".part-", dir=archive.parent) as folder:
+        staged = Path(folder, "new", place.name)
         try:
-            load = cache(partial(load_refer, root, name))
-            ds = None if any(_wrong(root, path, sums, load) for path in annotations) else load()
-            size = (estimate := sum(SPLITS[name][split] for split in splits)) * PICTURE_BYTES
-            print(f"{name} ({', '.join(splits)}) into {root}: 1 archive of annotations, 1 of detections, and about")
-            print(f"  {estimate:,} pictures of {_bytes(size)} (an estimate), less what is there", flush=True)
-            if ds is None:
-                members = r"instances\.json|refs\(\w+\)\.p"
-                get_archive(f"{name}.zip", members, annotations, lambda file: load_refer(file.parents[1], name))
-                ds = load_refer(root, name)
-            if _wrong(root, detections, sums, partial(from_boxes, ds, detections)):
-                try:
-                    get_archive(_DETECTIONS, r"refcoco(\+|g|)_dets_dict\.json", [detections], partial(from_boxes, ds))
-                except DatasetError as error:
-                    problems.append(f"{error}\n  Without detections only PROPOSALS gt can be evaluated.")
-            _write_sums(root, sums, {f"{name} {split}" for split in splits})  # asked for, even if interrupted below
-            names = pd.concat([ds.select(split=split).images["file_name"] for split in splits])
-            problems += _get_pictures(fetch, root, ds, names[~names.index.duplicated()], images, sums)
-        finally:
-            if sums:
-                _write_sums(root, sums, set())
-    return problems
+            with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as members:
+                sizes = [m.file_size for m in members.infolist()] if is_zip else [m.size for m in members]
+            if sum(sizes) > LIMIT:
+                raise ValueError(f"unpacks to more than {LIMIT:,} bytes")
+            shutil.unpack_archive(archive, folder, **({} if is_zip else {"filter": "data"}))
+        except Exception as error:  # damaged archives raise nearly anything
+            if getattr(error, "errno", None):  # the disk's fault
+                raise
+            raise DatasetError(f"{archive}: cannot be unpacked, or not safely ({error}).") from error
+        files = [
+            p for p in Path(folder).rglob("*") if re.fullmatch(wanted, p.name) and p.is_file() and not p.is_symlink()
+        ]
+        staged.mkdir(parents=True)
+        files = [file.rename(staged / file.name) for file in files]
+        accept(staged)
+        place.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.replace(place / file.name)
+
+
+def get(name: str, splits: list[str], root: Path, base_url: str | None = None, images: Path | None = None) -> list[str]:
+    """Fetch a data set's annotations, detections and the pictures of `splits` ([]: all but train), or "clip-scores".
+
+    What is there and whole is not fetched again. `images` is a COCO folder (2014 or 2017) whose pictures are linked.
+    Returns what could not be got, a line each. DatasetError where nothing more can be done, OSError from the disk.
+    """
+    pooch.get_logger().setLevel("ERROR")
+    if name == "clip-scores":
+        return get_scores(root / name, base_url)
+    splits = splits or SPLITS.get(name, [])[1:]
+    if not splits or not set(splits) <= set(SPLITS.get(name, [])):
+        raise DatasetError(
+            f"{name} {','.join(splits)}: there are {SPLITS} and clip-scores; the sample needs no download."
+        )
+    folder, boxes, lacking = root / name, root / f"{name}_dets_dict.json", []
+    if not (folder / "instances.json").is_file() or not [*folder.glob("refs(*).p")]:
+        files, load = r"instances\.json|refs\(\w+\)\.p", lambda staged: load_refer(staged.parent, name)
+        try:
+            fetch(f"{name}.zip", root / f"{name}.zip", base_url, lambda path: install(path, files, folder, load))
+        except DatasetError as error:
+            print(f"{error}\nLists of expressions and boxes take its place: they are enough for REC with detections, but not "
+                  "for PROPOSALS gt, categories, or masks (04).", flush=True)  # fmt: skip
+            for split in splits:
+                fetch(f"{name}_{split}.json", folder / f"{name}_{split}.json", base_url, read_json)
+    ds, known = load_refer(root, name), asked(root)
+    write_file(root / "asked.json", json.dumps(known | {name: sorted({*splits, *known.get(name, [])})}).encode())
+    if not boxes.is_file():
+        files, load = r"refcoco(\+|g|)_dets_dict\.json", lambda staged: from_boxes(ds, staged / boxes.name)
+        try:
+            fetch(
+                archive := "reclip_data.tar.gz", root / archive, base_url, lambda path: install(path, files, root, load)
+            )
+        except DatasetError as error:
+            lacking = [f"{error}\n  Without detections only PROPOSALS gt can be evaluated."]
+    ids = sorted({image_id for split in splits for image_id in ds.select(split=split).images.index})
+    return lacking + get_pictures(ds, ids, base_url, images)
+
+
+def asked(root: Path) -> dict[str, list[str]]:
+    """The splits that were asked for, by data set."""
+    return read_json(root / "asked.json") if (root / "asked.json").is_file() else {}
+
+
+def get_scores(folder: Path, base_url: str | None) -> list[str]:
+    """Fetch the two sets of real CLIP features; the second is a torch file, read without running anything in it."""
+
+    def repack(path: Path) -> None:
+        try:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+            arrays = {
+                new: content[f"{old}_features"].float().numpy() for new, old in (("images", "img"), ("texts", "text"))
+            }
+        except Exception as error:  # whatever a file that is no such thing leads to
+            raise DatasetError(f"no torch file with img_features and text_features ({type(error).__name__})") from error
+        write_file(folder / "things_vith14.npz", lambda part: np.savez_compressed(part, **arrays))
+
+    fetch("features_clip.npy", folder / "coco_val2017_vitb16.npy", base_url, np.load)
+    if not (folder / "things_vith14.npz").is_file():
+        with TemporaryDirectory() as place:
+            fetch("ViT-H-14_features_test.pt", Path(place, "features.pt"), base_url, repack)
+    return []
+
+
+def broken(ds: ReferDataset, image_id: int) -> str:
+    """What is wrong with a picture, "" if it is whole and of the annotated size."""
+    try:
+        ds.load_image(image_id)
+    except DatasetError as error:
+        return str(error)
+    return ""
+
+
+def get_pictures(ds: ReferDataset, ids: Sequence[int], base_url: str | None, images: Path | None) -> list[str]:
+    """Link or fetch the pictures that are not there and whole; return what could not be got, a line each."""
+    folders = [images / sub for sub in ("", "train2014", "train2017", "val2017")] if images else []
+    for path in map(ds.image_path, ids):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sources = [folder / name for folder in folders for name in (path.name, path.name.rpartition("_")[2])]
+        if not path.is_file() and (source := next(filter(Path.is_file, sources), None)):
+            path.unlink(missing_ok=True)  # a link to nowhere
+            path.symlink_to(source.resolve())
+    wanted = [image_id for image_id in ids if broken(ds, image_id)]
+    size = len(wanted) * PICTURE_BYTES
+    print(f"{ds.name}: {len(ids):,} pictures, to get: {len(wanted):,}, about {size / 1e6:,.0f} MB", flush=True)
+    if shutil.disk_usage(ds.image_path(ids[0]).parent).free < size:
+        raise DatasetError(f"The disk has not {size / 1e6:,.0f} MB left. Free some, or choose another --root.")
+
+    def get_one(image_id: int) -> str:
+        path, accept = ds.image_path(image_id), lambda _: ds.load_image(image_id)
+        path.unlink(missing_ok=True)
+        try:
+            fetch(f"train2014/{path.name}", path, base_url, accept, quiet=True)
+        except DatasetError as error:
+            return str(error)
+        return ""
+
+    lacking: list[str] = []
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for number, why in enumerate(
+            tqdm(pool.map(get_one, wanted), total=len(wanted), desc="pictures", leave=False), 1
+        ):
+            lacking += [why] if why else []
+            if len(lacking) == number >= WORKERS:  # nothing answers: thousands of time-outs would tell no more
+                return [lacking[0], f"{len(wanted):,} pictures could not be got: name a COCO folder with --images."]
+    return lacking
 
 
 def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
-    """Return one row for each split of all data sets under `folder`, and all that is wrong, one line each.
+    """One row for each split of all data sets in `folder` (or of the one it is), and all that is wrong, one line each.
 
-    A split counts where it was asked of `bsap data get` or, in a data set of which nothing was asked, where one of its
-    pictures is there. It is complete when annotations, detections and all its pictures are as SHA256SUMS has them; what
-    that does not list must load, a picture decode and have the annotated size. Whatever keeps a split that counts from
-    being complete is wrong, and so is a folder without a complete split. Other splits may have some pictures, since
-    data sets share them: their state tells how many. Raises DatasetError where there is no data
-    set at all.
+    A split counts where it was asked of `bsap data get` or, in a data set of which nothing was, where one of its pictures
+    is here. Then all its pictures must decode and have the annotated size, and its candidates must be plausible.
 
     >>> table, wrong = check("data/refshapes")
-    >>> list(table["split"]), set(table["state"]), wrong
+    >>> list(table["split"]), set(table["pictures"]), wrong
     (['test', 'train', 'val'], {'complete'}, [])
     """
-    folder = Path(folder) if Path(folder).name.strip(".") else Path(folder).resolve()
-    patterns = [up + file for up in ("", "*/", "*/*/") for file in ("instances.json", "refs(*).p")]
-    found = sorted({path.parent for pattern in patterns for path in folder.glob(pattern) if ".part-" not in str(path)})
-    if not found:
-        raise DatasetError(f"{folder}: holds no data set (<name>/instances.json). Try `bsap data get refcoco`.")
-    rows: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    for root in dict.fromkeys(path.parent for path in found):
-        sums, asked = _read_sums(root)
-        for file in (root / key for key in sums if not key.startswith(FOLDER.as_posix())):
-            wrong += [f"{file}: {what}" for what in [_wrong(root, file, sums, lambda: None)] if what]
-        for name in (path.name for path in found if path.parent == root):
-            try:
-                rows += _rows(root, name, sums, {one.split()[-1] for one in asked if one.startswith(f"{name} ")}, wrong)
-            except DatasetError as error:
-                wrong.append(str(error))
-    if not any(row["state"] == "complete" for row in rows):
+    folder, rows, wrong = Path(folder).resolve(), [], []
+    marks = r"instances\.json|expressions\.csv|.+_(train|val|test\w*)\.json"
+    places = {p.parent for up in ("*", "*/*") for p in folder.glob(up) if re.fullmatch(marks, p.name) and p.is_file()}
+    for root, name in sorted((place.parent, place.name) for place in places):
+        try:
+            ds = load_refer(root, name)
+        except DatasetError as error:
+            wrong.append(str(error))
+            continue
+        for split in ds.splits:
+            part, row = ds.select(split=split), {"data set": name, "split": split}
+            bad = [why for image_id in part.images.index if (why := broken(part, image_id))]
+            here = len(part.images) - len(bad)
+            row |= {"images": len(part.images), "expressions": len(part.expressions)}
+            row["pictures"] = f"{here:,} of {len(part.images):,}" if bad else "complete"
+            for kind, read in (("dets_dict", from_boxes), ("rpn_dict", from_boxes), ("masks", from_masks)):
+                path = root / f"{name}_{kind}.json"
+                try:
+                    row[kind] = f"{len(read(part, path)) / len(part.images):.1f} an image" if path.is_file() else "none"
+                except DatasetError as error:
+                    row[kind] = "wrong"
+                    bad.append(str(error))
+            rows.append(row)
+            if split in asked(root)[name] if name in asked(root) else here:
+                wrong += [f"{name} {split}: {why}" for why in bad]
+    if not any(row["pictures"] == "complete" for row in rows):
         wrong.append(f"{folder}: no split is complete. Get one with `bsap data get NAME --split SPLIT`.")
     return pd.DataFrame(rows), wrong
-
-
-def _rows(root: Path, name: str, sums: Sums, asked: set[str], wrong: list[str]) -> list[dict[str, Any]]:
-    """Return what `check` tells of each split of one data set, and append to `wrong` what is."""
-    ds, rows = load_refer(root, name), []
-    state = _states(root, ds, ds.images.index, sums)
-    for split in ds.splits:
-        part = ds.select(split=split)
-        n, bad = len(part.images), {image_id: state[image_id] for image_id in part.images.index if state[image_id]}
-        missing = list(bad.values()).count(_MISSING)
-        counts = split in asked or (not asked and missing < n)
-        try:
-            boxes, status = from_boxes(part, root / f"{name}_dets_dict.json"), "complete"
-        except DatasetError as error:
-            boxes, status = part.regions[:0], "no detections"
-            wrong += [f"{name} {split}: {error} Without detections only PROPOSALS gt can be evaluated."] * counts
-        if bad and counts:
-            status = f"INCOMPLETE: {missing:,} missing, {len(bad) - missing:,} broken"
-            wrong += [f"{name} {split}: {part.image_path(image_id)}: {what}" for image_id, what in bad.items()]
-        elif bad:
-            status = f"not asked for, has {n - missing:,} pictures" if missing < n else "pictures not downloaded"
-        seen = {CLIPPED: 0, NO_AREA: 0, _WHOLE: 0} | boxes.attrs.get("counts", {})
-        touched = sum(part.counts[key] + seen[key] for key in (CLIPPED, NO_AREA))
-        total = len(part.regions) + part.counts[NO_AREA] + len(boxes) - seen[_WHOLE] + seen[NO_AREA]
-        row = {"data set": name, "split": split, "images": n, "without box": seen[_WHOLE], "regions": len(part.regions)}
-        row |= {"expressions": len(part.expressions), "expressions/image": round(len(part.expressions) / n, 2)}
-        row |= {"candidates/image": round(len(boxes) / n, 2)}
-        rows.append(row | {"touched up": f"{touched / max(total, 1):.2%}", "state": status})
-    return rows
-
-
-def _fetch(
-    client: httpx.Client, base_url: str | None, file: str, name: str, part: Path, accept: Callable[[Path], None]
-) -> dict[str, str]:
-    """Download to `part` from the first address of `file` whose answer `accept` takes; else return what each one said.
-
-    `file` is a key of ADDRESSES; a picture's `name` follows it. `accept` moves the download to its place or raises
-    DatasetError. What may pass (server errors, broken connections, damaged files) is tried again, all addresses in
-    turn, after a pause that doubles; an address that refuses or cannot be reached at all is left at once.
-    """
-    urls, said = [f"{base_url.rstrip('/')}/{file}"] if base_url else ADDRESSES[file], {}
-    for number in range(ROUNDS):
-        time.sleep(BACK_OFF * 2 ** (number - 1) if number and urls else 0)
-        for url in urls:
-            again = True
-            try:
-                with client.stream("GET", url + quote(name)) as response, part.open("wb") as target:
-                    total = int(response.raise_for_status().headers.get("content-length", 0)) or None
-                    if not name:
-                        print(f"  {file}: {_bytes(total) if total else 'size not told'}, from {url}", flush=True)
-                        _need_room(part.parent, 6 * (total or 0))  # JSON and pickles unpack to about five times as much
-                    with tqdm(total=total, desc=file, unit="B", unit_scale=True, disable=bool(name)) as bar:
-                        for chunk in response.iter_bytes(1 << 16):
-                            bar.update(target.write(chunk))
-                            if target.tell() > DOWNLOAD_LIMIT:
-                                raise DatasetError(f"sends more than {_bytes(DOWNLOAD_LIMIT)}")
-                accept(part)
-                return {}
-            except httpx.HTTPStatusError as error:
-                said[url] = f"{error.response.status_code} {error.response.reason_phrase}"
-                again = error.response.status_code >= 500 or error.response.status_code in (408, 429)
-            except DatasetError as error:
-                said[url] = str(error).replace(f"{part.parent}/", "").removeprefix(f"{part.name}: ")
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                said[url] = f"{_NO_ANSWER} ({error or type(error).__name__})"
-                again = not isinstance(error, _UNREACHABLE)
-            urls = urls if again else [other for other in urls if other != url]
-    return said
-
-
-def _get_archive(
-    fetch: Callable, root: Path, sums: Sums, archive: str, members: str, targets: list[Path], load: Callable
-) -> None:
-    """Unpack an archive's `members` beside `targets`, the first of which must `load`; DatasetError if it cannot be had."""
-
-    def accept(path: Path) -> None:
-        unpacked = {file.name: file for file in _unpack(path, members, staging / "all")}
-        if lacking := {target.name for target in targets} - unpacked.keys():
-            raise DatasetError(f"{path}: lacks {', '.join(sorted(lacking))}.")
-        load(unpacked[targets[0].name])
-        for target in (targets[0].with_name(name) for name in unpacked):
-            if target in targets or not target.exists():
-                _place(root, unpacked[target.name], target, sums)
-
-    with TemporaryDirectory(prefix=".part-", dir=root) as folder:
-        staging = Path(folder)
-        if (root / archive).is_file():
-            return accept(root / archive)
-        if said := fetch(archive, "", staging / archive, accept):
-            tried = "".join(f"\n  {url}: {why}" for url, why in said.items())
-            by_hand = f"put it at {root / archive}, or name {_BY_HAND}"
-            raise DatasetError(f"{archive} cannot be got. Tried:{tried}\n  By hand: {by_hand}")
-
-
-def _get_pictures(fetch: Callable, root: Path, ds: ReferDataset, names: pd.Series, coco: Any, sums: Sums) -> list[str]:
-    """Link or fetch the pictures `names` that are not there and whole; return what could not be got, one line each."""
-    linked = sum(_link(Path(coco), ds.image_path(image_id)) for image_id in names.index) if coco else 0
-    wanted = [image_id for image_id, what in _states(root, ds, names.index, sums).items() if what]
-    size, there = len(wanted) * PICTURE_BYTES, len(names) - len(wanted)
-    print(f"  pictures: {len(names):,}, {there:,} of them there ({linked:,} newly linked);", end=" ")
-    print(f"to get: {len(wanted):,}, about {_bytes(size)} (an estimate)" if wanted else "none to get", flush=True)
-    _need_room(root, size)
-
-    def fetch_one(image_id: int) -> dict[str, str]:
-        part = staged.image_path(image_id)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        return fetch(_PICTURES, names[image_id], part, partial(accept, image_id))
-
-    def accept(image_id: int, path: Path) -> None:
-        staged.load_image(image_id)
-        _place(root, path, ds.image_path(image_id), sums)
-
-    failed, left, lost = [], dict.fromkeys(wanted), 0
-    with TemporaryDirectory(prefix=".part-", dir=root / FOLDER) as staging:
-        staged = dataclasses.replace(ds, image_root=Path(staging))
-        for image_id, said in _each(fetch_one, wanted, "pictures"):
-            del left[image_id]
-            failed += [f"{names[image_id]}: " + "; ".join(f"{url}: {why}" for url, why in said.items())] if said else []
-            lost = lost + 1 if said and all(why.startswith(_NO_ANSWER) for why in said.values()) else 0
-            if lost >= WORKERS:  # in a row: the network is gone, and thousands of time-outs would tell no more
-                break
-    failed += [f"{names[image_id]}: not tried, since nothing answers any more" for image_id in left]
-    by_hand = f"copy them to {root / FOLDER}, or name a COCO folder with --images, or {_BY_HAND}"
-    return [*failed, f"{len(failed):,} pictures could not be got. By hand: {by_hand}"] if failed else []
-
-
-def _link(coco: Path, target: Path) -> bool:
-    """Link a picture of a COCO folder, of 2014 or 2017 (whose names are the digits only), unless `target` is there."""
-    folders = [coco, coco / "train2014", coco / "train2017", coco / "val2017"]
-    sources = (folder / name for folder in folders for name in (target.name, target.name.rpartition("_")[2]))
-    source = None if target.is_file() else next((path for path in sources if path.is_file()), None)
-    if source:
-        target.unlink(missing_ok=True)  # a link to nowhere
-        target.symlink_to(source.resolve())
-    return source is not None
-
-
-def _each(work: Callable[[int], Any], ids: Iterable[int], what: str) -> Iterator[tuple[int, Any]]:
-    """Yield (id, work(id)) as they finish, WORKERS at a time; what is not begun is dropped when the caller stops."""
-    pool = ThreadPoolExecutor(WORKERS)
-    futures = {pool.submit(work, image_id): image_id for image_id in ids}
-    try:
-        for future in tqdm(as_completed(futures), total=len(futures), desc=what, unit=" pictures", disable=not futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _states(root: Path, ds: ReferDataset, ids: pd.Index, sums: Sums) -> dict[int, str]:
-    """Return what is wrong with each picture ("": nothing), by image_id."""
-    work = lambda image_id: _wrong(root, ds.image_path(image_id), sums, partial(ds.load_image, image_id))  # noqa: E731
-    return dict(sorted(_each(work, ids, f"checking {ds.name}")))
-
-
-def _unpack(path: Path, members: str, folder: Path) -> list[Path]:
-    """Unpack into `folder`, and return the plain files whose name matches `members`. Nothing can get out of the folder:
-    `shutil` skips such names in a zip, tarfile's data filter refuses them, and links that lead out. Raises DatasetError
-    for that, for a broken archive, and for more than UNPACKED_LIMIT."""
-    is_zip, total = path.suffix == ".zip", 0
-    shutil.rmtree(folder, ignore_errors=True)  # what another address sent
-    try:
-        if is_zip:  # no more than the size that is declared is ever unpacked
-            with zipfile.ZipFile(path) as archive:
-                total = sum(member.file_size for member in archive.infolist())
-        else:  # the headers of a tar may lie, so that only reading tells
-            with gzip.open(path) as stream:
-                while total <= UNPACKED_LIMIT and (chunk := stream.read(1 << 20)):
-                    total += len(chunk)
-        if total > UNPACKED_LIMIT:
-            raise DatasetError(f"{path}: unpacks to more than {_bytes(UNPACKED_LIMIT)}.")
-        shutil.unpack_archive(path, folder, filter=None if is_zip else "data")
-    except Exception as error:  # damaged archives raise nearly anything
-        if isinstance(error, DatasetError) or getattr(error, "errno", None):  # an errno is the disk's fault
-            raise
-        raise DatasetError(f"{path}: cannot be unpacked, or not safely ({error}).") from error
-    return [p for p in folder.rglob("*") if re.fullmatch(members, p.name) and p.is_file() and not p.is_symlink()]
-
-
-def _wrong(root: Path, path: Path, sums: Sums, load: Callable[[], Any]) -> str:
-    """Return what is wrong with a file, "" if it is as recorded; unrecorded ones must `load`, and are then recorded."""
-    if not path.is_file():
-        return _MISSING
-    key, digest = path.relative_to(root).as_posix(), _digest(path)
-    if key not in sums:
-        try:
-            load()
-        except DatasetError as error:
-            return str(error).removeprefix(f"{path}: ")
-    return "" if sums.setdefault(key, digest) == digest else "is not what was first downloaded (SHA256SUMS)"
-
-
-def _place(root: Path, source: Path, target: Path, sums: Sums) -> None:
-    """Rename a whole file to its place and record it. Raises DatasetError when the record is of another content."""
-    key, digest = target.relative_to(root).as_posix(), _digest(source)
-    if sums.get(key, digest) != digest:
-        raise DatasetError(f"{target.name} is not what was first downloaded. If right, delete its line in SHA256SUMS.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, target)
-    sums[key] = digest
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _read_sums(root: Path) -> tuple[Sums, set[str]]:
-    """Return path → SHA-256 as in `root/SHA256SUMS`, and its comments: what was asked for, such as "refcoco val"."""
-    path = root / "SHA256SUMS"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    sums = {line[66:]: line[:64] for line in lines if re.match("[0-9a-f]{64}  .", line)}
-    asked = {line[2:] for line in lines if line.startswith("# ")}
-    if len(sums) + len(asked) < len(lines):
-        raise DatasetError(f"{path}: has lines twice, or not as `sha256sum` writes them. Mend or delete it.")
-    return sums, asked
-
-
-def _write_sums(root: Path, sums: Sums, asked: set[str]) -> None:
-    """Add to `root/SHA256SUMS`; what another run has added meanwhile stays."""
-    old_sums, old_asked = _read_sums(root)
-    lines = [f"# {one}" for one in sorted(old_asked | asked)]
-    lines += [f"{digest}  {key}" for key, digest in sorted((old_sums | sums).items())]
-    part = root / f".SHA256SUMS.{os.getpid()}"
-    part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    os.replace(part, root / "SHA256SUMS")
-
-
-def _need_room(root: Path, size: int) -> None:
-    if (free := shutil.disk_usage(root).free) < size:
-        room = f"the disk has {_bytes(free)} left, but about {_bytes(size)} are needed"
-        raise OSError(errno.ENOSPC, f"{room}. Free some, or choose another disk with --root", str(root))
