@@ -4,8 +4,6 @@
 taken to. Intervals and tests resample images. Tables hold percentages with two decimals, NaN where nothing can be said.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,11 +35,7 @@ def pick(pairs: Pairs, scores: Tensor) -> Tensor:
 
 
 def percent(fractions: np.ndarray) -> np.ndarray:
-    """Return fractions [K] as the tables print them: percent with two decimals, and no "-0.0".
-
-    >>> percent(np.array([0.12346, -0.00001]))
-    array([12.35,  0.  ])
-    """
+    """Return fractions [K] as the tables print them: percent with two decimals, and no "-0.0"."""
     return np.round(100 * np.asarray(fractions, np.float64), 2) + 0.0
 
 
@@ -53,8 +47,7 @@ def _picks(pairs: Pairs, scores: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarr
 
 def _start(setting: Mapping[str, Any], methods: Sequence[str], count: int) -> dict[str, Any]:
     """The first columns of a table; a list, as of visual prompts, is joined by +."""
-    texts = {key: value if isinstance(value, str) or not isinstance(value, Sequence) else "+".join(map(str, value))
-             for key, value in setting.items()}  # fmt: skip
+    texts = {key: "+".join(value) if isinstance(value, (list, tuple)) else value for key, value in setting.items()}
     return {**texts, "method": list(methods), "n": count}
 
 
@@ -177,8 +170,7 @@ def accuracy_by(
     rows, images = _picks(pairs, scores)
     hits = (pairs.iou[rows] > threshold).double().numpy().T
     columns, parts = ["accuracy", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"], []
-    for aspect, labels in pd.DataFrame(groups).items():
-        labels = labels.reset_index(drop=True)
+    for aspect, labels in pd.DataFrame(groups).reset_index(drop=True).items():
         for name, inside in labels.groupby(labels, observed=True).indices.items():
             own = hits[inside]
             found = _means({"accuracy": own, "delta": own - own[:, :1]}, images[inside], seed, draws=2000)
@@ -231,17 +223,14 @@ def predictions(
 ) -> pd.DataFrame:
     """Return what each method picks, a row an expression and method, expressions in order.
 
-    Columns sent_id, image_id, ann_id, text, method, candidate (row of `candidates`), x, y, w, h, score, iou, correct
-    (IoU > `threshold`), and of masks intersection and union.
+    Columns sent_id, image_id, ann_id, text, method; candidate (row of `candidates`), iou, of masks intersection and
+    union; score; x, y, w, h; correct (IoU > `threshold`).
     """
     expressions = ds.expressions.reset_index()[["sent_id", "image_id", "ann_id", "text"]]
-    parts = []
+    table, parts = pairs.frame().drop(columns=["expression", "image"]), []
     for name, one in scores.items():
         rows = pick(pairs, one)
-        picked = pairs.candidate[rows].numpy()
-        part = expressions.assign(method=name, candidate=picked, **candidates[XYWH].iloc[picked].reset_index(drop=True))
-        part = part.assign(score=one[rows].double().numpy(), iou=pairs.iou[rows].numpy())
-        if pairs.intersection is not None and pairs.union is not None:
-            part = part.assign(intersection=pairs.intersection[rows].numpy(), union=pairs.union[rows].numpy())
-        parts.append(part.assign(correct=part["iou"] > threshold))
-    return pd.concat(parts, ignore_index=True)
+        picked = table.iloc[rows.numpy()].assign(score=one[rows].numpy()).reset_index(drop=True)
+        boxes = candidates[XYWH].iloc[picked["candidate"]].reset_index(drop=True)
+        parts.append(pd.concat([expressions.assign(method=name), picked, boxes], axis=1))
+    return pd.concat(parts, ignore_index=True).assign(correct=lambda frame: frame["iou"] > threshold)

@@ -1,10 +1,9 @@
 """How unlike the similarities of different regions are: shares of variance, hubs, and what kind of region is one."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import skew
 from torch import Tensor
 
 from .datasets import XYWH, ReferDataset
@@ -18,9 +17,8 @@ OBJECT, LOOSE, GROUND = "object", "part or loose box", "bare ground"  # kinds of
 def sums_of_squares(logits: Tensor, image: Tensor | None = None) -> pd.DataFrame:
     """Return the two-way decomposition of the variance of logits [C, T], a row a candidate: region, text, interaction.
 
-    logit = mean + text + region + interaction, analysis of variance without replication (Scheffé, The Analysis of
-    Variance, 1959, §4.2); the columns' sums are the parts of the sum of squares. With `image` [C] the text effect is that
-    of a text *in its image*, which cannot change what is picked there, and region effects are about the image's mean.
+    logit = mean + text + region + interaction (Scheffé, The Analysis of Variance, 1959, §4.2). With `image` [C] the text
+    effect is that of a text *in its image*, which cannot change what is picked, and region effects are about its mean.
 
     >>> sums_of_squares(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
        region  text  interaction
@@ -48,8 +46,8 @@ def sums_of_squares(logits: Tensor, image: Tensor | None = None) -> pd.DataFrame
 def region_share(logits: Tensor, image: Tensor) -> float:
     """Return the share of the variance among competing candidates that belongs to the candidate alone, in 0 … 1.
 
-    Logits [C, T] of texts that need no labels; candidates with the same number in `image` [C] compete (a gallery: all
-    0). Competing means at a fixed text: what all candidates of an image share in a text is left out. NaN if none compete.
+    `logits` [C, T] of texts that need no labels and do not belong to the candidates; those with the same number in `image`
+    [C] compete, at a fixed text (in a gallery all: zeros). NaN where none compete.
 
     >>> region_share(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0, 0]))
     0.9
@@ -59,17 +57,15 @@ def region_share(logits: Tensor, image: Tensor) -> float:
 
 
 def variance_shares(logits: Tensor, image: Tensor, compete: bool = True, seed: int = 0) -> pd.Series:
-    """Return shares of variance, region, text and interaction, and region's interval (region_low, region_high) by image.
+    """Return the shares region, text and interaction, and region_low and region_high (95 %, resampling images).
 
-    With `compete` within images, where text is left out (NaN): region is then `region_share`.
+    With `compete` within images and without the text's effect: region is then `region_share`.
     """
-    sums = sums_of_squares(logits, image if compete else None)
-    if compete:
-        sums["text"] = 0.0
+    sums = sums_of_squares(logits, image).assign(text=np.nan) if compete else sums_of_squares(logits)
     total = sums.sum(axis=1).to_numpy()[:, None]
     low, high = cluster_bootstrap(sums[["region"]].to_numpy(), image.numpy(), total, seed=seed)
-    shares = sums.sum() / total.sum()
-    return pd.concat([shares.where(~(sums == 0).all()), pd.Series({"region_low": low[0], "region_high": high[0]})])
+    shares = sums.sum(min_count=1) / total.sum()
+    return pd.concat([shares, pd.Series({"region_low": low[0], "region_high": high[0]})])
 
 
 def diagnosis(logits: Tensor, a: Tensor, image: Tensor, temperature: float = 1.0) -> pd.Series:
@@ -94,11 +90,7 @@ def k_occurrence(scores: Tensor, k: int = 1) -> Tensor:
 
 
 def gini(counts: np.ndarray | Tensor) -> float:
-    """Return Σ|N_i − N_j| / (2 n Σ N): 0 where all are picked alike, towards 1 where one takes all.
-
-    >>> gini(np.array([0, 0, 0, 4]))
-    0.75
-    """
+    """Return Σ|N_i − N_j| / (2 n Σ N): 0 where all are picked alike, towards 1 where one takes all."""
     ordered = np.sort(np.asarray(counts, np.float64))
     ranks = 2 * np.arange(1, len(ordered) + 1) - len(ordered) - 1
     return float(ranks @ ordered / (len(ordered) * ordered.sum())) if ordered.any() else np.nan
@@ -107,46 +99,39 @@ def gini(counts: np.ndarray | Tensor) -> float:
 def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Return how unevenly images are retrieved, from `k_occurrence` counts: a row an image, a column a method.
 
-    One row a method and measure: skewness (Radovanović et al., JMLR 2010), gini, never (share of zeros). Columns method,
-    measure, value, ci_low, ci_high, delta_vs_clip (to the first column), delta_ci_low, delta_ci_high; resampling
-    `clusters` [N] and keeping the counts.
+    A row a method and measure: skewness (Radovanović et al., JMLR 2010), gini, never (share of zeros). Columns method,
+    measure, value, ci_low, ci_high, delta_vs_clip (to the first method), delta_ci_low, delta_ci_high; intervals resample
+    `clusters` [N] and keep the counts.
     """
-    measures = {
-        "skewness": lambda n: float(pd.Series(n).skew()),
-        "gini": gini,
-        "never": lambda n: float((n == 0).mean()),
-    }
     codes, names = pd.factorize(clusters)
     members, generator = pd.Series(codes).groupby(codes).indices, np.random.default_rng(seed)
-    samples = [np.arange(len(codes))]
-    for _ in range(draws if len(names) > 1 else 0):
-        samples.append(np.concatenate([members[code] for code in generator.integers(len(names), size=len(names))]))
-    values = np.array([[[measure(counts[name].to_numpy()[rows]) for measure in measures.values()] for name in counts]
-                       for rows in samples])  # [1 + draws, methods, measures]  # fmt: skip
+    drawn = generator.integers(len(names), size=(draws if len(names) > 1 else 0, len(names)))
+    samples = [np.arange(len(codes)), *(np.concatenate([members[code] for code in row]) for row in drawn)]
+    values = np.array([[_hubness(column[rows]) for column in counts.to_numpy().T] for rows in samples])
     rows = []
     for j, method in enumerate(counts):
-        for m, measure in enumerate(measures):
+        for m, measure in enumerate(("skewness", "gini", "never")):
             own, delta = values[:, j, m], values[:, j, m] - values[:, 0, m]
             rows.append([method, measure, own[0], *_bounds(own[1:]), delta[0], *_bounds(delta[1:])])
-    interval = ["value", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"]
-    return pd.DataFrame(rows, columns=["method", "measure", *interval])
+    numbers = ["value", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"]
+    return pd.DataFrame(rows, columns=["method", "measure", *numbers])
+
+
+def _hubness(counts: np.ndarray) -> list[float]:
+    return [skew(counts) if np.ptp(counts) else np.nan, gini(counts), (counts == 0).mean()]
 
 
 def _bounds(values: np.ndarray) -> np.ndarray:
     values = values[np.isfinite(values)]  # a resample may lack all that varies
-    return np.quantile(values, [0.025, 0.975]) if len(values) else np.array([np.nan, np.nan])
+    return np.quantile(values, [0.025, 0.975]) if len(values) else np.full(2, np.nan)
 
 
 def region_traits(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
     """Return what might make a candidate a hub, a row a candidate.
 
-    kind  OBJECT (IoU ≥ 0.5 with one), GROUND (IoU < 0.1 with every object) or else LOOSE
-    category  of the object it frames best, missing where it is no OBJECT
-    framing  highest IoU with an object
-    size  share of the image's area
-    off_centre  distance of its centre from the image's, in half diagonals: 0 in the middle, 1 in a corner
-    height  of its centre in the image: 0 at the bottom, 1 at the top
-    contrast  standard deviation of the grey values in it (0 … 255 scaled to 0 … 1)
+    kind: OBJECT (IoU ≥ 0.5 with one), GROUND (IoU < 0.1 with every object) or else LOOSE; framing: the highest IoU;
+    category: of that object, missing if not OBJECT; size: share of the image; off_centre: 0 in the middle, 1 in a corner;
+    height of its centre, 0 at the bottom, 1 at the top; contrast: standard deviation of its grey values (0 … 1).
     """
     objects = ds.annotations.loc[ds.annotations["iscrowd"] == 0, ["image_id", *XYWH, "category"]]
     both = (
@@ -178,7 +163,8 @@ def _contrast(ds: ReferDataset, candidates: pd.DataFrame) -> np.ndarray:
     for image_id, rows in candidates.groupby("image_id", sort=False).indices.items():
         grey = np.asarray(ds.load_image(image_id).convert("L"), dtype=np.float64) / 255
         x, y, w, h = candidates[XYWH].to_numpy()[rows].T
-        sides = np.floor([y, x]).astype(int), np.ceil([y + h, x + w]).astype(int)
-        contrast[rows] = [grey[top:bottom, left:right].std() for (top, left), (bottom, right)
-                          in zip(sides[0].T, sides[1].T, strict=True)]  # fmt: skip
+        edges = np.floor([y, x]).astype(int).T, np.ceil([y + h, x + w]).astype(int).T
+        contrast[rows] = [
+            grey[top:bottom, left:right].std() for (top, left), (bottom, right) in zip(*edges, strict=True)
+        ]
     return contrast

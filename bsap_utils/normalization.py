@@ -9,7 +9,7 @@ pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mea
     clip             nothing                     0    Radford et al. 2021
     bsap             pool, T = 1                 1    arXiv 2402.18400
     bsap_calibrated  pool, T = 1                 w*   ours: least squares on unlabelled texts
-    qb_norm          pool, T = scale / 20        1    Bogolin et al. 2022: inverted softmax, the static form
+    qb_norm          pool, T = scale / 20        1    Bogolin et al. 2022, static; of a gallery: `qb_norm_dynamic`
     subtraction      mean                        1    Shtedritski et al. 2023 (Red Circle)
     dn               mean                        1/2  Zhou et al. 2023; its mean image is the same for all regions
     tas              mean, image's other queries 0.7  Suo et al. 2023; transductive: the other queries are the bank
@@ -23,12 +23,9 @@ pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mea
     bsap_h           w · softmax over the candidates + (1 − w) · BSAP: arXiv 2402.18400; needs the query, so no shift
 
 Label priors, Frolic and prompt weighting are one number a text: they cannot change a ranking of regions. Local scaling
-is a multiplicative csls. GR-CLIP needs features (`centred`), QB-Norm's dynamic form a gallery (`qb_norm_dynamic`). A bank
-for each image: entries of −inf in `a` are left out of pools and largest (at finite T up to a constant of the image).
-Computed in float64, where pools are exact at any temperature in 1e-6 … 1e6 or ∞; others are ValueErrors.
+is a multiplicative csls. GR-CLIP needs features: `centred`. A bank for each image: entries of −inf in `a` are left out
+(at finite T up to a constant of the image). Float64 inside; a temperature is in 1e-6 … 1e6 or ∞, else a ValueError.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
@@ -112,9 +109,6 @@ def shift_and_scale(a: Tensor, name: str = "bsap", **options: Any) -> tuple[Tens
 
     So a correction fits into an index of vectors. `options` are those of METHODS[name]. Raises ValueError for "bsap_h"
     and "tas", which need the queries.
-
-    >>> shift_and_scale(torch.tensor([[1.0, 3.0]]), "bsap_zscore")
-    (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     return _shift_and_scale(a.double(), name, options)
 
@@ -165,20 +159,13 @@ def centred(features: Tensor, mean: Tensor) -> Tensor:
 
 
 def qb_norm_dynamic(scores: Tensor, a: Tensor, temperature: float = 5.0) -> Tensor:
-    """Return QB-Norm's dynamic form (k = 1) for a gallery's [N, T] scores and its [N, M] bank logits: [N, T].
-
-    Only texts whose best image is also some auxiliary prompt's best are corrected (Bogolin et al. 2022).
-    """
+    """Return a gallery's scores [N, T] corrected by its bank's [N, M] where a text's best image is a prompt's best too."""
     corrected = torch.isin(scores.argmax(0), a.argmax(0))
     return scores - pool(a, temperature)[:, None] * corrected
 
 
 def default_options(name: str) -> dict[str, Any]:
-    """Return the options of METHODS[name] that have defaults.
-
-    >>> default_options("nnn"), default_options("bsap_h")
-    ({'k': 128, 'weight': 0.75}, {'weight': 0.5, 'temperature': 1.0})
-    """
+    """Return the options of METHODS[name] that have defaults, e.g. {"k": 128, "weight": 0.75} for "nnn"."""
     function = _CORRECTIONS.get(name) or METHODS[name]
     return {p.name: p.default for p in signature(function).parameters.values() if p.default is not p.empty}
 

@@ -1,7 +1,5 @@
 """How sure are we: intervals and tests that resample images, because expressions of one image are not independent."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,15 +20,15 @@ def _blocks(draws: int, clusters: int) -> list[int]:
     return [min(rows, draws - start) for start in range(0, draws, rows)]
 
 
-def cluster_bootstrap(values: np.ndarray, clusters: np.ndarray, denominator: np.ndarray | None = None,
-                      draws: int = 10_000, seed: int = 0,
-                      reference: int | None = None) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def cluster_bootstrap(
+    values: np.ndarray, clusters: np.ndarray, denominator: np.ndarray | None = None, draws: int = 10_000,
+    seed: int = 0, reference: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Return the 95 % percentile interval of Σ values / Σ denominator, resampling clusters (images): low [K], high [K].
 
-    `values` [N, K], `clusters` [N]. Without `denominator` the ratio is the mean; with it ([N, K]) it is for instance
-    oIoU, from intersections and unions. The columns share their resamples, so a column may be a paired difference;
-    `reference` is a column whose ratio is taken from all in each resample. Bounds are NaN for less than two
-    clusters, and where a resample's denominator is 0. (Davison and Hinkley, Bootstrap Methods and Their Application, 1997, §3.8.)
+    `values` [N, K], `clusters` [N]. Without `denominator` ([N, K]: oIoU from intersections and unions) the ratio is the
+    mean. Columns share their resamples, so one may be a paired difference; the ratio of column `reference` is taken from
+    all in each. NaN for less than two clusters. (Davison and Hinkley, Bootstrap Methods, 1997, §3.8.)
 
     >>> hits = np.array([1, 1, 0, 1, 0, 0])
     >>> low, high = cluster_bootstrap(hits[:, None], np.array([7, 7, 7, 8, 8, 9]))
@@ -45,11 +43,9 @@ def cluster_bootstrap(values: np.ndarray, clusters: np.ndarray, denominator: np.
     for rows in _blocks(draws, count):
         drawn = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
         times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            parts.append(times @ above / (times @ below))
+        parts.append(times @ above / (times @ below))
     ratios = np.concatenate(parts)
-    if reference is not None:
-        ratios -= ratios[:, [reference]]
+    ratios -= 0 if reference is None else ratios[:, [reference]]
     low, high = np.quantile(ratios, [0.025, 0.975], axis=0)
     return low, high
 
@@ -86,10 +82,7 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def outcome(low: float, high: float, p: float = 0.0) -> str:
-    """Return the one rule of tables, text and figures: "better", "worse" or "no difference shown".
-
-    A difference is shown if its interval leaves out 0 and, where given, its Holm-adjusted p-value is below 0.05.
-    """
+    """Return better or worse if the interval leaves out 0 and the Holm-adjusted p-value, where given, is below 0.05."""
     if not p < 0.05 or not (low > 0 or high < 0):
         return "no difference shown"
     return "better" if low > 0 else "worse"
@@ -102,7 +95,5 @@ def verdict(name: str, delta: float, low: float, high: float, p: float = 0.0, un
     >>> verdict("BSAP", 2.71, 0.2, 5.64)
     'BSAP − CLIP: +2.7 points [+0.2, +5.6]: better'
     """
-    numbers = [
-        "–" if np.isnan(value) else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−") for value in (delta, low, high)
-    ]
-    return f"{name} − {reference}: {numbers[0]} {unit} [{numbers[1]}, {numbers[2]}]: {outcome(low, high, p)}"
+    text = f"{name} − {reference}: {delta:+.1f} {unit} [{low:+.1f}, {high:+.1f}]: {outcome(low, high, p)}"
+    return text.replace("+nan", "–").replace(" -", " −").replace("[-", "[−").replace("−0.0", "+0.0")
