@@ -177,11 +177,13 @@ def _load(model: str, pretrained: str, precision: str, device: torch.device) -> 
     record, text = _record(model, pretrained), {}
     if not model.startswith("hf-hub:"):
         text = open_clip.get_model_config(model)["text_cfg"]
-    problem = hub_problem() if record or {"hf_tokenizer_name", "hf_model_name"} & set(text) else ""
-    file, what = find_weights(model, pretrained, problem) if problem or not record else Path(), f"{model} {pretrained}"
+    fetched = bool(record or "hf_model_name" in text or ("hf_tokenizer_name" in text and ":" not in model))
+    problem, what = hub_problem() if fetched else "", f"{model} {pretrained}".strip()
+    file = find_weights(model, pretrained, problem) if problem or not record else Path()
     if not record and _twin(model):
         _refuse_plain_gelu(model, file)
-    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, bool(problem)  # its cache then answers at once, without a try
+    # offline, the hub's client answers from its cache at once, and says at once that something is not there
+    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, bool(problem) or not fetched
     try:
         net = open_clip.create_model(model, pretrained or None, precision=precision, device=device, require_pretrained=True,
                                      force_quick_gelu=bool(record) and pretrained.lower() == "openai")  # fmt: skip
