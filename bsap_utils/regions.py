@@ -84,10 +84,11 @@ def from_masks(ds: ReferDataset, path: str | Path, top_k: int | None = None, min
     """
     frame, counts = _read_results(ds, path, object, nms_iou is not None or top_k is not None)
     rles = []
-    for (entry, row), (width, height) in zip(frame.iterrows(), _sizes(ds, frame).tolist(), strict=True):
+    entries = zip(frame.index, frame["segmentation"], frame["bbox"], _sizes(ds, frame).tolist(), strict=True)
+    for entry, mask, box, (width, height) in entries:
         with reading(f"{path}: entry [{entry}]", "RLE, polygons, or null beside a bbox"):
-            mask = datasets.clean_mask(row["segmentation"], height, width)[0]
-            rles.append(to_rle(mask, height, width) if mask else _box_rle(row["bbox"], height, width))
+            known = datasets.clean_mask(mask, height, width)[0]
+            rles.append(to_rle(known, height, width) if known else _box_rle(box, height, width))
     frame[XYWH] = np.reshape(coco.toBbox(rles) if rles else [], (-1, 4))
     frame["segmentation"], area = pd.Series(rles, dtype=object, index=frame.index), mask_areas(rles)
     counts["empty masks left out"] = int((area == 0).sum())
@@ -255,6 +256,8 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict:
     """
     mask = datasets.clean_mask(segmentation, height, width)[0]
     if isinstance(mask, dict):
+        if type(mask["counts"]) is bytes and list(mask["size"]) == [height, width]:
+            return mask  # pycocotools made it: JSON holds text
         runs = np.array(mask["counts"]) if isinstance(mask["counts"], list) else _runs(mask["counts"])
         inside = runs.dtype.kind == "i" and ((runs >= 0) & (runs <= height * width)).all()
         if list(mask["size"]) != [height, width] or not inside or runs.sum() != height * width:
@@ -295,13 +298,13 @@ def suppress(masks: Sequence[dict], threshold: float) -> np.ndarray:
     return stays
 
 
-def _runs(counts: str | bytes) -> np.ndarray:
+def _runs(counts: str) -> np.ndarray:
     """Return the runs of compressed RLE; pycocotools would read on behind the end of damaged ones.
 
     Five bits a character, low ones first; 32: more follow; 16 in the last: negative; the fourth and later numbers are
     differences to the number two before.
     """
-    code = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
+    code = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
     end = np.flatnonzero((code & 32) == 0)
     start = np.r_[0, end[:-1] + 1]
     if end[-1] != len(code) - 1 or code.min() < 0 or code.max() > 63 or (end - start).max() > 6:
