@@ -1,401 +1,266 @@
-"""Features of millions of images, for a `retrieval.BalancedIndex`: `bsap embed SOURCE OUT`, in this process or over Ray.
+"""Features of millions of images, for a `retrieval.BalancedIndex`: `bsap embed SOURCE OUT`, over Ray or in this process.
 
-SOURCE is a folder of images (id: the path in it), parquet with image bytes (a column `image` or `bytes`, or Hugging Face's
-struct {bytes, path}; id: the column `id`, `image_id`, `key` or `__key__`, else file and row), or WebDataset's tars (id: the
-member's name without its suffix). OUT then holds
+SOURCE is a folder (pictures, parquet with image bytes, WebDataset's tars) or one such file; OUT then holds
 
-    features/*.parquet   id, feature (D float32, a unit vector), bias (float32, `region_bias`): one file a shard of SOURCE
-    errors.parquet       id, shard, error: the images that could not be read
+    features/*.parquet   id, source, stamp (size and mtime of the source), feature (D float32, a unit vector), bias (`pool`)
+    errors.parquet       id, source, error: what could not be read
     auxiliary.parquet    text, feature: the bank behind the bias, and what any other method's shift is made of
-    embedding.json       what made them: model, hash of its weights, precision, logit scale, bank, temperature, versions
+    embedding.json       what made them
 
-SOURCE is cut into the same shards each time. A shard is written to a temporary name and renamed when it is complete; the
-next run makes only those that are not there.
+An id is the path in SOURCE, a tar member's name without suffix, or a parquet column `id`, `image_id`, `key` or `__key__`,
+else file and row. The next run makes only what is not in OUT with the same stamp. The readers are ours: Ray's end at the
+first broken picture or member, and know no names that are not UTF-8; Ray moves the pixels and runs the encoders.
 """
 
-from __future__ import annotations
-
-import hashlib
 import importlib.util
-import io
 import json
 import logging
 import os
-import platform
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import chain, groupby, islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torchvision
-from PIL import Image, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from . import __version__
-from .aux_prompts import auxiliary_prompts
-from .normalization import region_bias_from_features
-from .scoring import TEMPLATE, ClipScorer
-from .visual_prompts import squash
+import bsap_utils
+from bsap_utils import __version__
+from bsap_utils.aux_prompts import auxiliary_prompts
+from bsap_utils.datasets import open_picture, read_json, write_file
+from bsap_utils.normalization import shift_and_scale_from_features
+from bsap_utils.scoring import TEMPLATE, ClipScorer
+from bsap_utils.visual_prompts import squash
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-IMAGE_COLUMNS, ID_COLUMNS = ("image", "bytes"), ("id", "image_id", "key", "__key__")
-ROWS = 256  # images decoded at a time: 37 MiB of pixels at 224 × 224
-ERRORS = pa.schema([(column, pa.string()) for column in ("id", "shard", "error")])
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+ASIDE = {"__macosx", "@eadir", "thumbnails"}  # folders of tools, beside all that is hidden
+ROWS, LARGEST = 256, 200_000_000  # images decoded at a time, 37 MiB of pixels at 224 x 224; bytes of a picture in a tar
+Row = tuple[str, Any]  # id, and bytes, a path or what was wrong
 Batch = dict[str, np.ndarray]  # one row an image
-Shard = dict[str, Any]
-say = partial(print, flush=True)
 
 
-class EmbeddingError(RuntimeError):
-    """A source, a folder or a cluster that cannot be used. The message says what to do."""
+def text_of(name: Any, otherwise: str) -> str:
+    """An id as text: 581857.0 is "581857", b"a" is "a"; `otherwise` where there is none, or one of over 1,000 letters.
 
-
-def plan(source: Path, shard_size: int = 1024) -> tuple[list[Shard], int]:
-    """Cut a source into shards, and count the files that were left aside: a folder's tars go before its parquet and images.
-
-    A shard is `shard_size` images of a folder in the order of their names, the row groups of a parquet file that begin
-    within the same `shard_size` rows, or a whole tar. Its name ends in a hash of what it holds. Raises EmbeddingError.
+    >>> text_of(581857.0, ""), text_of(b"a", ""), text_of(None, "file-000000003"), text_of("caf\\udce9", "")
+    ('581857', 'a', 'file-000000003', 'caf\\\\xe9')
     """
-    if not source.exists():
-        raise EmbeddingError(f"{source}: no such file or folder.")
-    root = source.parent if source.is_file() else source
-    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if not path.is_dir())
-    of_kind = [[p for p in found if p.suffix.lower() in kind] for kind in ({".tar"}, {".parquet"}, SUFFIXES)]
-    paths = next(filter(None, of_kind), [])
-    shards: list[Shard]
-    if paths and paths == of_kind[-1]:
-        files = [path.relative_to(root).as_posix() for path in paths]
-        shards = [{"name": f"images-{start:09d}", "path": "", "files": files[start : start + shard_size]}
-                  for start in range(0, len(files), shard_size)]  # fmt: skip
-    else:
-        shards = [shard for path in paths for shard in _of_file(path, path.relative_to(root), shard_size)]
-    if not shards:
-        raise EmbeddingError(f"{source} has no images: no row in parquet, no tar, and no file that ends in one of "
-                             f"{' '.join(sorted(SUFFIXES))} ({len(found):,} files in all).")  # fmt: skip
-    for shard in shards:
-        shard["name"] += "-" + hashlib.sha256(json.dumps(shard).encode()).hexdigest()[:8]
-        shard["path"] = str(root / shard["path"])  # after the hash: the source may have moved by the next run
-    return shards, len(found) - len(paths)
+    name = int(name) if isinstance(name, float) and name.is_integer() else name
+    name = os.fsencode(name) if isinstance(name, str) else name
+    text = name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+    return text if name is not None and name == name and 0 < len(text) <= 1000 else otherwise
 
 
-def _of_file(path: Path, name: Path, shard_size: int) -> Iterator[Shard]:
-    """The shards of a tar or a parquet file."""
-    shard: Shard = {"name": name.with_suffix("").as_posix().replace("/", "--"), "path": name.as_posix()}
-    if path.suffix.lower() == ".tar":
-        yield shard | {"size": path.stat().st_size}
-        return
-    try:
-        described = pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise EmbeddingError(f"{path} is damaged, or no parquet: {error}. Get it again, or take it away.") from error
-    schema = described.schema.to_arrow_schema()
-    if not _image_column(schema):
-        raise EmbeddingError(f"{path} has no column {' or '.join(IMAGE_COLUMNS)} of bytes, but {', '.join(schema.names)}. "
-                             "Rename the one that has the images.")  # fmt: skip
-    rows = [described.row_group(i).num_rows for i in range(described.num_row_groups)]
-    starts = np.cumsum([0, *rows])
-    for number, together in groupby((i for i, n in enumerate(rows) if n), lambda i: starts[i] // shard_size):
-        groups = list(together)
-        here = {"groups": groups, "rows": [rows[i] for i in groups], "first": int(starts[groups[0]])}
-        yield shard | {"name": f"{shard['name']}-{number:05d}"} | here
+def walk(folder: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Path | None]:
+    """The files of a folder in the order of their names, linked folders followed (loops once); None for what is left out."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.lower() in ASIDE:
+            yield None
+        elif path.is_dir():
+            here = path.resolve()
+            yield from [None] if here in seen else walk(path, seen | {here})
+        else:
+            yield path if path.suffix.lower() in SUFFIXES | {".tar", ".parquet"} and path.is_file() else None
 
 
-def _image_column(schema: pa.Schema) -> str | None:
-    """The column with bytes, or a struct with `bytes` in it."""
-    kinds = {name: schema.field(name).type for name in IMAGE_COLUMNS if name in schema.names}
-    inner = {name: [f.type for f in kind if f.name == "bytes"] if pa.types.is_struct(kind) else [kind]
-             for name, kind in kinds.items()}  # fmt: skip
-    return next((n for n, kind in inner.items() if kind and kind[0] in (pa.binary(), pa.large_binary())), None)
+def stamp(path: Path) -> str:
+    """What tells a file from one that took its place."""
+    about = path.stat()
+    return f"{about.st_size}-{about.st_mtime_ns}"
 
 
-def _images(shard: Shard) -> Iterator[tuple[str, bytes | Path | None]]:
-    """The id of each image of a shard, and its bytes or path."""
-    path = Path(shard["path"])
-    if "files" in shard:
-        yield from ((name, path / name) for name in shard["files"])
-    elif "groups" in shard:
-        with pq.ParquetFile(path) as file:
-            image = _image_column(file.schema_arrow)
-            key = [name for name in ID_COLUMNS if name in file.schema_arrow.names][:1]
-            batches = file.iter_batches(ROWS, row_groups=shard["groups"], columns=[image, *key])
-            for row, values in enumerate((row for batch in batches for row in batch.to_pylist()), shard["first"]):
-                content = values[image]
-                content = content["bytes"] if isinstance(content, dict) else content
-                yield str(values[key[0]]) if key else f"{path.stem}-{row:09d}", content
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                    yield member.name.rpartition(".")[0], archive.extractfile(member).read()  # type: ignore[union-attr]
+def rows_of_tar(path: Path) -> Iterator[Row]:
+    """The pictures of a tar; a member that cannot be read costs that member."""
+    with tarfile.open(path, ignore_zeros=True) as archive:
+        for member in archive:
+            if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                content: Any = ValueError(f"{member.size:,} bytes are no picture")
+                try:
+                    content = archive.extractfile(member).read() if member.size <= LARGEST else content  # type: ignore[union-attr]
+                except (tarfile.TarError, OSError) as error:
+                    content = error
+                yield text_of(member.name.rpartition(".")[0], path.stem), content
 
 
-def _images_or_error(shard: Shard) -> Iterator[tuple[str, bytes | Path | None | Exception]]:
-    """`_images`; a shard that breaks off, or has no image, ends in a row that says so, and the job goes on."""
-    count = 0
-    try:
-        for count, image in enumerate(_images(shard), 1):  # noqa: B007
-            yield image
-        if not count:
-            yield "", EmbeddingError("no image in it")
-    except Exception as error:  # damaged tars and parquet raise nearly anything
-        yield "", EmbeddingError(f"cannot be read on after {count} images: {type(error).__name__}: {error}")
+def rows_of_parquet(path: Path) -> Iterator[Row]:
+    """The rows of a parquet file with a column `image` or `bytes`, of bytes or Hugging Face's struct {bytes, path}."""
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        image = next((name for name in ("image", "bytes") if name in names), None)
+        key = next((name for name in ("id", "image_id", "key", "__key__") if name in names), None)
+        if image is None:
+            raise ValueError(f"it has no column image or bytes, but {', '.join(names)}")
+        batches = file.iter_batches(ROWS, columns=list(filter(None, (image, key))))
+        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            content = row[image]["bytes"] if isinstance(row[image], dict) else row[image]
+            yield text_of(key and row[key], f"{path.stem}-{number:09d}"), content
 
 
-def decode(content: bytes | Path | None | Exception, size: int | tuple[int, int]) -> tuple[torch.Tensor | None, str]:
-    """Decode an image and squash it to the model's square: [3, size, size] uint8 and "", or None and what was wrong.
-
-    >>> decode(b"no image", 64)
-    (None, 'no image of a known kind')
-    """
-    try:
-        if isinstance(content, Exception):
-            raise content
-        content = content.read_bytes() if isinstance(content, Path) else content
-        if not content:
-            raise EmbeddingError("no bytes")
+def rows_of(files: list[str]) -> Iterator[tuple[str, str, str, Any]]:
+    """Id, source, stamp and content of all pictures of `files` that are not done; what breaks off ends in an error."""
+    for root, name, mark, done in map(json.loads, files):
+        path, source = Path(root, name), text_of(name, name[-1000:])
+        read = {".tar": rows_of_tar, ".parquet": rows_of_parquet}.get(path.suffix.lower())
         try:
-            pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-        except RuntimeError:  # of a kind that only PIL knows; or broken, and PIL's reason is easier to read
-            pixels = transforms.pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB"))
-        pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first picture of an animation
-        return squash(transforms.to_dtype(pixels, torch.uint8, scale=True), size), ""  # a PNG may have 16 bits
-    except UnidentifiedImageError:  # its own message is an address in memory
-        return None, "no image of a known kind"
-    except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
-        return None, str(error) if isinstance(error, EmbeddingError) else f"{type(error).__name__}: {error}"
+            for key, content in read(path) if read else [(source, path)]:
+                if key not in done:
+                    yield key, source, mark, content
+        except Exception as error:  # damaged tars and parquet raise nearly anything
+            yield "", source, mark, error
 
 
-def read(shards: Iterable[Shard], size: int | tuple[int, int], threads: int = 1) -> Iterator[Batch]:
-    """Decode shards, at most `ROWS` images of one a batch: shard, place in it, total (in its last row), id, error, pixels.
-
-    `threads` decode the next batch while the caller works on this one. The pixels of a broken image are black.
-    """
-    blank = torch.zeros(3, *([size, size] if isinstance(size, int) else size), dtype=torch.uint8)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def started() -> Iterator[tuple[str, list]]:
-            for shard in shards:
-                images = _images_or_error(shard)
-                while part := list(islice(images, ROWS)):
-                    yield shard["name"], [(name, pool.submit(decode, content, size)) for name, content in part]
-
-        done = 0
-        for (shard, part), (next_shard, _) in pairwise(chain(started(), [("", [])])):
-            ids, results = zip(*((name, future.result()) for name, future in part), strict=True)
-            place = np.arange(done, done + len(ids))
-            total = np.where((place == place[-1]) & (shard != next_shard), len(ids) + done, 0)
-            done = 0 if shard != next_shard else done + len(ids)
-            yield {"shard": np.full(len(ids), shard), "place": place, "total": total, "id": np.array(ids),
-                   "error": np.array([error for _, error in results]),
-                   "pixels": torch.stack([blank if pixels is None else pixels for pixels, _ in results]).numpy()}  # fmt: skip
+def decode(content: Any, size: Any, interpolation: str) -> tuple[torch.Tensor | None, str]:
+    """A picture, upright and squashed to the model's square, uint8 [3, S, S], and ""; or None and what was wrong."""
+    try:
+        if isinstance(content, Exception) or not content:
+            raise content or ValueError("no bytes")
+        return squash(pil_to_tensor(open_picture(content, upright=True)), size, interpolation), ""
+    except Exception as error:  # of a decoder, or handed on from the reader
+        return None, str(error).replace(os.fspath(content), "") if isinstance(content, Path) else str(error)
 
 
-def encode(scorer: ClipScorer, batch: Batch, aux_features: torch.Tensor, temperature: float) -> Batch:
-    """Replace the pixels of a batch by feature [n, D] and bias [n], in this process or in an actor's."""
-    features = scorer.encode_images(torch.tensor(batch["pixels"]))
-    bias = region_bias_from_features(features, aux_features, scorer.logit_scale, temperature)
-    worker = np.full(len(bias), f"{platform.node()}:{os.getpid()}")
-    rest = {key: values for key, values in batch.items() if key != "pixels"}
-    return rest | {"feature": features.numpy(), "bias": bias.numpy(), "worker": worker}
+def read(files: list[str], size: Any, interpolation: str) -> Iterator[Batch]:
+    """Decode the pictures of `files`, ROWS at a time: id, source, stamp, error, pixels (black where there is an error)."""
+    rows, blank = rows_of(files), torch.zeros(3, *((size, size) if isinstance(size, int) else size), dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while part := list(islice(rows, ROWS)):
+            *about, contents = zip(*part, strict=True)
+            pixels, errors = zip(*pool.map(lambda one: decode(one, size, interpolation), contents), strict=True)
+            columns = dict(zip(("id", "source", "stamp", "error"), map(np.array, (*about, errors)), strict=True))
+            yield columns | {"pixels": torch.stack([blank if one is None else one for one in pixels]).numpy()}
 
 
 class Encoder:
-    """`encode` as an actor of Ray, with a scorer of its own (`arguments`) and the weights that the job began with."""
+    """A scorer that replaces the pixels of a batch by feature and bias, in this process or as an actor of Ray."""
 
-    def __init__(self, arguments: dict[str, Any], weights: str, *rest: Any) -> None:
-        if arguments["device"] == "cpu":
-            torch.set_num_threads(2)  # there is one encoder for two CPUs
-        self.scorer, self.rest = ClipScorer(**arguments), rest
+    def __init__(self, how: dict[str, Any], aux_features: torch.Tensor, temperature: float, weights: str) -> None:
+        self.scorer, self.aux, self.temperature = ClipScorer(**how, cache=False), aux_features, temperature
         if self.scorer.weights_hash() != weights:
-            raise EmbeddingError(
-                f"{arguments['model']} has other weights on {platform.node()} than the job began with."
-            )
+            raise ValueError(f"{how['model']} has other weights on this node than where the job began.")
 
     def __call__(self, batch: Batch) -> Batch:
-        return encode(self.scorer, batch, *self.rest)
+        """Encode one batch."""
+        scale, features = self.scorer.logit_scale, self.scorer.encode_images(torch.tensor(batch.pop("pixels")))
+        bias = shift_and_scale_from_features(features, self.aux, scale, temperature=self.temperature)[0]
+        return batch | {"feature": features.numpy(), "bias": bias.float().numpy()}
 
 
-def _connect(address: str, num_gpus: int | None) -> tuple[int, int]:
-    """Start Ray on this machine, or join the cluster at `address`: its CPUs, and the GPUs to use."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to Ray's makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes back as an exception, too
+def over_ray(files: list[str], decoding: tuple, encoder: tuple, address: str) -> Iterator[Batch]:
+    """Read in tasks and encode in a pool of actors, one a GPU, else one for two CPUs: each picture once, in any order."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
     import ray
 
-    if not ray.is_initialized():
-        import bsap_utils
-
-        # the nodes of a cluster need what is in pyproject.toml, but not this package: it is sent to them
-        how: dict[str, Any] = {"address": "local", "include_dashboard": False}
-        if address:
-            how = {"address": address, "runtime_env": {"py_modules": [bsap_utils]}}
+    if not ray.is_initialized():  # the nodes of a cluster need what is in pyproject.toml; this package is sent to them
+        there = {"address": address, "runtime_env": {"py_modules": [bsap_utils]}}
+        how = there if address else {"address": "local", "include_dashboard": False}
         try:
             ray.init(**how, logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # a time-out of its own start is a bare Exception
-            what = f"Ray's cluster at {address} cannot be joined" if address else "Ray cannot be started here"
-            raise EmbeddingError(f"{what}: {error} Try again, ask `ray status` on its head, or use --local.") from error
+            raise ValueError(
+                f"Ray {address} cannot be started or joined: {error} Try again, or use --local."
+            ) from error
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    if (num_gpus or 0) > gpus:
-        raise EmbeddingError(f"{num_gpus} GPUs were asked for, but Ray has {gpus}. Ask for fewer; 0 computes on CPUs.")
-    return cpus, gpus if num_gpus is None else num_gpus
-
-
-def _over_ray(todo: list[Shard], size: int | tuple[int, int], cpus: int, gpus: int, *encoder: Any) -> Iterator[Batch]:
-    """Read the shards in tasks and encode them in a pool of actors: each image once, in any order, whoever dies."""
-    import ray
-
-    # A task that reads must claim a CPU to start. Did the actors hold all of them, nobody could ever read, and the job would
-    # stand still for good. So an actor with a GPU claims no CPU, nor does the only one on a single CPU; else there is one
-    # actor for two CPUs and it claims a quarter: too few and too little to leave no node with a whole CPU free. A claim
-    # only says who may start; all CPUs are put to work.
+    # an actor leaves CPUs to the tasks that read: did the actors claim all of them, nobody could ever read
     claims = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.25 if cpus > 1 else 0}
-    pool = ray.data.ActorPoolStrategy(size=min(gpus or max(cpus // 2, 1), len(todo)))
-    work = ray.data.from_items([{"shard": json.dumps(shard)} for shard in todo], override_num_blocks=len(todo))
-    pixels = work.map_batches(lambda row: read(map(json.loads, row["shard"]), size), batch_size=1, num_cpus=1)
-    features = pixels.map_batches(Encoder, batch_size=None, compute=pool, fn_constructor_args=encoder, **claims)
-    try:
-        yield from features.iter_batches(batch_size=None, batch_format="numpy")
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise EmbeddingError(f"Ray stopped: {reason}. What is complete is kept; the same command goes on.") from error
+    model = encoder[0] | {"device": "cuda" if gpus else "cpu"}
+    pool = ray.data.ActorPoolStrategy(size=min(gpus or max(cpus // 2, 1), len(files)))
+    work = ray.data.from_items([{"file": file} for file in files], override_num_blocks=min(len(files), 16 * cpus))
+    pixels = work.map_batches(lambda batch: read(batch["file"].tolist(), *decoding), batch_size=ROWS)
+    done = pixels.map_batches(
+        Encoder, fn_constructor_args=(model, *encoder[1:]), batch_size=None, compute=pool, **claims
+    )
+    yield from done.iter_batches(batch_size=None, batch_format="numpy")
 
 
-def _whole_shards(batches: Iterable[Batch]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Gather batches, of several shards and in any order, to whole shards in the order of their images."""
-    waiting: dict[str, list[pd.DataFrame]] = {}
-    for batch in batches:
-        frame = pd.DataFrame(batch | {"feature": list(batch["feature"])})
-        for name, rows in frame.groupby("shard"):
-            waiting.setdefault(name, []).append(rows)
-            if max(part["total"].max() for part in waiting[name]) == sum(map(len, waiting[name])):
-                yield name, pd.concat(waiting.pop(name)).sort_values("place")
-
-
-def _write(path: Path, table: pa.Table) -> None:
-    part = path.with_name(f".{path.name}.part")
-    pq.write_table(table, part)
-    os.replace(part, path)
-
-
-def _feature_column(features: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(features.ravel(), pa.float32()), features.shape[1])
+def vectors(features: np.ndarray) -> pa.Array:
+    """Features [N, D] as a column of lists of float32."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.astype(np.float32).ravel()), features.shape[1])
 
 
 def read_features(out: Path | str) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Read what `embed` wrote, shards in the order of their names: N ids, features [N, D] and biases [N]."""
+    """Read what `embed` wrote: N ids, features [N, D] and biases [N]; of a source that was replaced, the last."""
     table = pq.read_table(Path(out) / "features")
-    column = table["feature"].combine_chunks()
-    features = torch.tensor(column.flatten().to_numpy()).view(len(table), column.type.list_size)
-    return table["id"].to_pylist(), features, torch.tensor(table["bias"].to_numpy())
+    marks = table.select(["source", "stamp"]).to_pandas()
+    last = marks["stamp"] == marks.groupby("source")["stamp"].transform("last")
+    table = table.filter(pa.array(last))
+    features = np.stack(table["feature"].to_numpy()) if len(table) else np.empty((0, 0), np.float32)
+    return table["id"].to_pylist(), torch.tensor(features), torch.tensor(table["bias"].to_numpy())
 
 
-def embed(source: Path | str, out: Path | str, model: str = "ViT-B-32", pretrained: str = "openai", *,
-          num_gpus: int | None = None, local: bool = False, address: str = "", bank: str = "coco80",
-          temperature: float = 1.0, precision: str = "auto", shard_size: int = 1024) -> dict[str, int]:  # fmt: skip
-    """Write features and biases of all images of `source` to `out` (the module says how), and return the counts.
+def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "openai", bank: str = "coco80",
+          temperature: float = 1.0, local: bool = False, address: str = "") -> dict[str, int]:  # fmt: skip
+    """Write features and biases of all pictures of `source` to `out` (the module says how); return what was made.
 
-    With Ray installed, it runs over the cluster at `address` (or RAY_ADDRESS; "auto" is one that runs on this machine; ""
-    starts one here), with an actor for each of `num_gpus` GPUs (None: all there are; 0: on CPUs); without Ray, or `local`,
-    in this process. On a cluster, every node must see `source` and the model under the same full path; `out` is written by
-    the process that calls. `bank` is `coco80`, `generic` or a text file, one auxiliary prompt a line; `temperature` is that
-    of the bias, which leaves SigLIP's logit bias out. `precision="auto"` is bf16 on GPUs, else fp32. Raises EmbeddingError,
-    ModelError, ValueError.
+    With Ray installed it runs over the cluster at `address`, else over this machine; without Ray, or `local`, in this
+    process. On a cluster every node must see `source` and the model under the same path. Raises ValueError, ModelError.
     """
-    source, out = Path(source).resolve(), Path(out).resolve()
-    if out.is_relative_to(source):
-        raise EmbeddingError(f"{out} lies in {source}: the next run would read what this one wrote. Choose another.")
-    shards, aside = plan(source, shard_size)
-    say(f"{source}: {len(shards):,} shards" + (f"; {aside:,} other files were left aside" if aside else ""))
-    address = address or os.environ.get("RAY_ADDRESS", "")
-    with_ray = not local and importlib.util.find_spec("ray") is not None
-    if address and not local and not with_ray:
-        raise EmbeddingError("Ray is not installed here: pip install 'bsap-utils[scale]', or use --local.")
-    cpus, gpus = _connect(address, num_gpus) if with_ray else (0, 0)
-    if with_ray and precision == "auto":  # the same on all nodes
-        precision = "bf16" if gpus else "fp32"
-    # the driver of Ray only encodes the bank: it may run on a cluster's head, which often has no GPU
-    scorer = ClipScorer(model, pretrained, "cpu" if with_ray or num_gpus == 0 else "auto", precision)
+    source, out, ray_here = Path(source).resolve(), Path(out).resolve(), importlib.util.find_spec("ray") is not None
+    if not source.exists() or out.is_relative_to(source):
+        raise ValueError(f"{source}: no such file or folder, or {out} lies in it, which the next run would read.")
+    if address and not ray_here:
+        raise ValueError("A cluster needs Ray: pip install 'bsap-utils[scale]'. Without --address it runs here.")
+    how = {"model": model, "pretrained": pretrained, "precision": "auto"}
+    scorer = ClipScorer(**how, device="auto" if local or not ray_here else "cpu", cache=False)
     texts = [TEMPLATE.format(text.lower()) for text in auxiliary_prompts(bank)]
     aux_features, weights = scorer.encode_texts(texts), scorer.weights_hash()
-    region_bias_from_features(aux_features, aux_features, scorer.logit_scale, temperature)  # refuses now, not later
-    made = {"model": model, "pretrained": pretrained if scorer.pretrained else "", "weights": weights,
-            "precision": scorer.precision, "dimensions": aux_features.shape[1], "logit_scale": scorer.logit_scale,
-            "logit_bias": scorer.logit_bias, "temperature": temperature, "bank": bank,
-            "texts_hash": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]}  # fmt: skip
-    _check_same(out / "embedding.json", made)
-    there = {path.stem for path in (out / "features").glob("*.parquet")}
-    strange = sorted(there - {shard["name"] for shard in shards})
-    if strange:
-        raise EmbeddingError(f"{len(strange):,} files in {out / 'features'}, e.g. {strange[0]}.parquet, are of no shard that "
-                             f"{source} has now: it, or the shard size, has changed. Remove them, or choose another "
-                             "folder.")  # fmt: skip
-    (out / "features").mkdir(parents=True, exist_ok=True)
-    versions = {module.__name__: module.__version__ for module in (torch, torchvision, open_clip)}
-    part = out / ".embedding.json.part"
-    part.write_text(json.dumps(made | {"versions": {"bsap_utils": __version__, **versions}}, indent=1) + "\n", "utf-8")
-    os.replace(part, out / "embedding.json")
-    _write(out / "auxiliary.parquet", pa.table({"text": texts, "feature": _feature_column(aux_features.numpy())}))
-    todo = [shard for shard in shards if shard["name"] not in there]
-    where = f"over Ray: {cpus} CPUs, {gpus} GPUs" if with_ray else f"in this process, on {scorer.device}"
-    say(f"{len(there):,} shards are there already, {len(todo):,} to do {where}")
-    if with_ray and todo:
-        actor = {"model": model, "pretrained": pretrained, "device": "cuda" if gpus else "cpu", "precision": precision}
-        batches = _over_ray(todo, scorer.image_size, cpus, gpus, actor, weights, aux_features, temperature)
-    else:
-        here = read(todo, scorer.image_size, threads=os.cpu_count() or 1)
-        batches = (encode(scorer, batch, aux_features, temperature) for batch in here)
-    return _write_shards(out, there, len(todo), aux_features.shape[1], batches)
-
-
-def _check_same(path: Path, made: dict[str, Any]) -> None:
-    """Raise EmbeddingError where other settings made what is in the folder."""
-    try:
-        before = json.loads(path.read_text("utf-8")) if path.exists() else made
-        differ = [f"{key} was {before.get(key)!r}, is {made[key]!r}" for key in made if before.get(key) != made[key]]
-    except (ValueError, AttributeError) as error:
-        raise EmbeddingError(f"{path} is damaged ({error}): what made its folder is unknown. Choose another.") from None
-    if differ:
-        raise EmbeddingError(f"{path.parent} was made with other settings: {'; '.join(differ)}. Features of both would not "
-                             "compare: take the same settings, or another folder.")  # fmt: skip
-
-
-def _write_shards(out: Path, there: set[str], todo: int, dimensions: int, batches: Iterable[Batch]) -> dict[str, int]:
-    log, errors, made, start = out / "errors.parquet", [], 0, time.monotonic()
-    if log.exists():  # a shard's errors are written before it, so there may be some of one that was interrupted
-        errors = [row for row in pq.read_table(log).to_pylist() if row["shard"] in there]
-    for number, (name, rows) in enumerate(_whole_shards(batches), 1):
-        good, broken = (rows[(rows["error"] != "") == wrong] for wrong in (False, True))
-        if len(broken):
-            errors += broken[ERRORS.names].to_dict("records")
-            _write(log, pa.Table.from_pylist(errors, ERRORS))
-        features = np.stack(good["feature"]) if len(good) else np.empty((0, dimensions))
-        columns = [pa.array(good["id"], pa.string()), _feature_column(features), pa.array(good["bias"], pa.float32())]
-        _write(out / "features" / f"{name}.parquet", pa.table(columns, ["id", "feature", "bias"]))
-        made += len(good)
-        workers = ", ".join(sorted(set(rows["worker"])))
-        say(f"[{number:,}/{todo:,}] {name}: {len(good):,} images, {len(broken):,} broken, by {workers}")
-    rate = made / max(time.monotonic() - start, 1e-9)
-    _write(log, pa.Table.from_pylist(errors, ERRORS))
-    ids = pq.read_table(out / "features", columns=["id"])["id"]
-    twice = len(ids) - len(ids.unique())
-    say(f"{len(ids):,} images are in {out / 'features'}, {made:,} of them new ({rate:,.0f} a second)")
-    if errors:
-        first = errors[0]
-        say(
-            f"{len(errors):,} could not be read (errors.parquet), e.g. {first['id'] or first['shard']}: {first['error']}"
+    made = {"model": model, "pretrained": scorer.pretrained, "weights": weights, "logit_scale": scorer.logit_scale,
+            "bank": bank, "temperature": temperature, "texts": len(texts)}  # fmt: skip
+    before = read_json(out / "embedding.json") if (out / "embedding.json").exists() else made
+    if differ := [key for key in made if before.get(key) != made[key]]:
+        raise ValueError(f"{out} was made with another {', '.join(differ)}: features of both would not compare. "
+                         "Take the same, or another folder.")  # fmt: skip
+    done: dict[tuple[str, str], list[str]] = {}
+    for path in sorted((out / "features").glob("*.parquet")):
+        for row in pq.read_table(path, columns=["id", "source", "stamp"]).to_pylist():
+            done.setdefault((row["source"], row["stamp"]), []).append(row["id"])
+    found = [source] if source.is_file() else [*walk(source, frozenset({source}))]
+    root, files = source.parent if source.is_file() else source, []
+    for path in filter(None, found):
+        name, mark = path.relative_to(root).as_posix(), stamp(path)
+        ids = done.get((text_of(name, name[-1000:]), mark), [])
+        if not ids or path.suffix.lower() in (".tar", ".parquet"):
+            files.append(json.dumps([str(root), name, mark, ids]))
+    print(f"{source}: {len(files):,} files to read, {sum(map(len, done.values())):,} pictures done; "
+          f"{found.count(None):,} others left aside", flush=True)  # fmt: skip
+    write_file(out / "embedding.json", json.dumps(made | {"version": __version__}, indent=1).encode())
+    bank_table = pa.table({"text": texts, "feature": vectors(aux_features.numpy())})
+    write_file(out / "auxiliary.parquet", lambda part: pq.write_table(bank_table, part))
+    decoding, encoder = (scorer.image_size, scorer.interpolation), (how, aux_features, temperature, weights)
+    if local or not ray_here:
+        here = Encoder(how | {"device": str(scorer.device)}, *encoder[1:])
+        batches = map(
+            here, (batch for i in range(0, len(files), ROWS) for batch in read(files[i : i + ROWS], *decoding))
         )
-    if twice:
-        say(f"{twice:,} ids are not the first of their name. All are kept: a search may return the same id twice.")
-    return {"images": len(ids), "errors": len(errors), "duplicates": twice}
+    else:
+        batches = over_ray(files, decoding, encoder, address) if files else iter(())
+    return write(out, batches)
+
+
+def write(out: Path, batches: Iterator[Batch]) -> dict[str, int]:
+    """Write each batch as a file of its own, whole or not at all; and errors.parquet at the end."""
+    errors, count, start = [], 0, time.time_ns()
+    (out / "features").mkdir(parents=True, exist_ok=True)
+    for number, batch in enumerate(batches):
+        wrong = batch["error"] != ""
+        columns = {key: batch[key][~wrong] for key in ("id", "source", "stamp", "bias")}
+        columns["feature"] = vectors(batch["feature"][~wrong])
+        table = pa.table(columns)
+        if len(table):
+            write_file(
+                out / f"features/{start}-{number:06d}.parquet", lambda part, table=table: pq.write_table(table, part)
+            )
+        errors += [{key: str(batch[key][i]) for key in ("id", "source", "error")} for i in np.flatnonzero(wrong)]
+        count += len(table)
+        print(f"  {count:,} pictures, {len(errors):,} that cannot be read", flush=True)
+    schema = pa.schema([(key, pa.string()) for key in ("id", "source", "error")])
+    write_file(out / "errors.parquet", lambda part: pq.write_table(pa.Table.from_pylist(errors, schema), part))
+    if errors:
+        print(f"errors.parquet names them, e.g. {errors[0]['id'] or errors[0]['source']}: {errors[0]['error']}")
+    return {"images": count, "errors": len(errors)}
