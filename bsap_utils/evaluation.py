@@ -59,12 +59,14 @@ def _means(parts: dict[str, np.ndarray], images: np.ndarray, seed: int, draws: i
 
 
 def rec_table(
-    pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5, seed: int = 0, **setting: Any
-) -> pd.DataFrame:
+    pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5, seed: int = 0, by: pd.Series | None = None,
+    **setting: Any,
+) -> pd.DataFrame:  # fmt: skip
     """Return how often each method picks a candidate with IoU > `threshold` (strict, as ReCLIP's code): a row a method.
 
     Columns: `setting`, method, n, accuracy, ci_low, ci_high, delta_vs_clip (points, to the first method, whatever its
-    name), p_value (sign flips over images), delta_ci_low, delta_ci_high, p_holm (for the methods of the table).
+    name), p_value (sign flips over images), delta_ci_low, delta_ci_high, p_holm (for the methods of the table). With
+    `by`, a value an expression such as its split, each value has rows of its own, in a column of that name.
 
     >>> pairs = Pairs(*map(torch.tensor, ([0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 1, 1], [0.9, 0.1, 0.2, 0.8])))
     >>> scores = {"clip": torch.tensor([2.0, 1.0, 2.0, 1.0]), "mine": torch.tensor([2.0, 1.0, 0.0, 1.0])}
@@ -74,16 +76,20 @@ def rec_table(
     1   val   mine  2     100.0           50.0
     """
     rows, images = _picks(pairs, scores)
-    hits = (pairs.iou[rows] > threshold).double().numpy().T
-    found = _means({"accuracy": hits, "delta": hits - hits[:, :1]}, images, seed)
-    p = sign_flip_p(hits - hits[:, :1], images, seed=seed)
-    return pd.DataFrame({
-        **_start(setting, list(scores), len(hits)),
-        "accuracy": found["accuracy"][0], "ci_low": found["accuracy"][1], "ci_high": found["accuracy"][2],
-        "delta_vs_clip": found["delta"][0], "p_value": p.round(4),
-        "delta_ci_low": found["delta"][1], "delta_ci_high": found["delta"][2],
-        "p_holm": np.r_[1.0, holm(p[1:])].round(4),
-    })  # fmt: skip
+    every = (pairs.iou[rows] > threshold).double().numpy().T
+    parts = []
+    for level, inside in ({"": slice(None)} if by is None else by.groupby(by.to_numpy(), sort=False).indices).items():
+        hits, clusters = every[inside], images[inside]
+        found = _means({"accuracy": hits, "delta": hits - hits[:, :1]}, clusters, seed)
+        p = sign_flip_p(hits - hits[:, :1], clusters, seed=seed)
+        parts.append(pd.DataFrame({
+            **_start({**({} if by is None else {by.name: level}), **setting}, list(scores), len(hits)),
+            "accuracy": found["accuracy"][0], "ci_low": found["accuracy"][1], "ci_high": found["accuracy"][2],
+            "delta_vs_clip": found["delta"][0], "p_value": p.round(4),
+            "delta_ci_low": found["delta"][1], "delta_ci_high": found["delta"][2],
+            "p_holm": np.r_[1.0, holm(p[1:])].round(4),
+        }))  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
 
 
 def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setting: Any) -> pd.DataFrame:
