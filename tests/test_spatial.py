@@ -83,16 +83,23 @@ ROW = [(10 * i, 0, 5, 5) for i in range(5)] + [(20, 40, 30, 30)]  # five small b
 
 
 def test_places_among_boxes_that_look_alike():
-    texts = ["left dog", "dog on the right", "second dog from left", "third dog from the right", "middle dog", "biggest",
-             "bottom", "cat", "dog left of the cat", "dog right of the cat", "cat below the dog", "dog next to the cat"]  # fmt: skip
+    texts = ["left dog", "dog on the right", "second dog from left", "third dog from the right", "biggest", "bottom"]
+    texts += [
+        "cat",
+        "thing below the cat",
+        "middle dog",
+        "dog left of the cat",
+        "dog right of the cat",
+        "dog next to the cat",
+    ]
 
     def looks(text):
         return [0, 1, 3, 4] if "dog" in text else [2] if "cat" in text else []
 
     scores, _ = scene(texts, ROW, looks)
-    assert scores.argmax(1)[[0, 1, 2, 3, 5, 6, 7, 8, 9]].tolist() == [0, 4, 1, 1, 5, 5, 2, 0, 3]
-    assert scores[4].topk(2).indices.sort().values.tolist() == [1, 3]  # of four, two are in the middle
-    assert scores[11].topk(2).indices.sort().values.tolist() == [1, 3]
+    assert scores.argmax(1)[:8].tolist() == [0, 4, 1, 1, 5, 5, 2, 5]
+    best_two = scores[8:].topk(2).indices.sort().values.tolist()  # two dogs are as good
+    assert best_two == [[1, 3], [0, 1], [3, 4], [1, 3]]
 
 
 def test_expressions_without_words_of_place_keep_their_scores_to_the_bit():
