@@ -10,7 +10,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ from pycocotools import mask as coco
 
 XYWH = ["x", "y", "w", "h"]
 COCO_FOLDER = "images/mscoco/images/train2014"
-FORMATS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"]  # none starts a program, as EPS does
+FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF"]  # none starts a program, as EPS does
 MAX_PIXELS, MAX_BYTES, MAX_PICKLE = 178_956_970, 2 << 30, 100 << 20  # PIL's limit; a pickle of 100 MiB takes a minute
 CLIPPED, NO_AREA = "boxes clipped to their image", "boxes without area left out"
 COLUMNS = ["image_id", "category", *XYWH, "area", "iscrowd", "segmentation"]
@@ -102,24 +102,16 @@ class ReferDataset:
         """Names that `select` accepts, sorted."""
         return sorted(self.expressions["split"].unique())
 
-    def select(self, split: str | Sequence[str] | None = None, limit: int | None = None) -> ReferDataset:
-        """Return the expressions of one or several splits (None: all), their images, and all annotations of these.
+    def select(self, split: str | None = None, limit: int | None = None) -> ReferDataset:
+        """Return the expressions of one split (None: all), their images, and all annotations of these.
 
-        `limit` takes the first that many images of each (0: all). DatasetError for an unknown split or a negative limit.
+        `limit` takes the first that many images (0: all). DatasetError for an unknown split or a negative limit.
         """
-        if not isinstance(split, str | None):
-            parts = [self.select(one, limit) for one in split]
-            names = ("images", "annotations", "expressions")
-            joint = {name: pd.concat([getattr(part, name) for part in parts]) for name in names}
-            joint |= {
-                name: joint[name][~joint[name].index.duplicated()] for name in names[:2]
-            }  # refcocog shares images
-            return dataclasses.replace(self, **joint)
         if (limit or 0) < 0:
             raise DatasetError(f"limit is {limit}: pass how many images to take, or 0 for all.")
         if split not in (None, *self.splits):
             raise DatasetError(
-                f"{self.name} has no split {split!r}. Pass one of these: {', '.join(self.splits) or 'none'}."
+                f"{self.name} has no split {split!r}, only {', '.join(self.splits) or 'none'}. Pass one of these."
             )
         chosen = self.expressions if split is None else self.expressions[self.expressions["split"] == split]
         images = self.images[self.images.index.isin(chosen["image_id"])].iloc[: limit or None]
@@ -132,11 +124,10 @@ class ReferDataset:
 
     def load_image(self, image_id: int) -> Image.Image:
         """Return one image in RGB. Raises DatasetError when it is missing, damaged or not of the size annotated."""
-        image, path = open_picture(self.image_path(image_id)), self.image_path(image_id)
-        if image.size != tuple(size := self.images.loc[image_id, ["width", "height"]].tolist()):
-            raise DatasetError(
-                f"{path}: has {image.size} pixels, not {size} as annotated. Put the right picture there."
-            )
+        image, size = open_picture(self.image_path(image_id)), self.images.loc[image_id, ["width", "height"]].tolist()
+        if list(image.size) != size:
+            found = f"has {image.size} pixels, not {size} as annotated"
+            raise DatasetError(f"{self.image_path(image_id)}: {found}. Put the right picture there.")
         return image
 
     def missing_images(self) -> list[str]:
@@ -172,13 +163,9 @@ def load_refer(
         frames = _read_instances(instances) if complete else _boxes_of(table)
         expressions = _read_refs(path) if table is None else _find_targets(table, path, *frames)
         images, annotations, counts = _clean(*frames, instances if complete else path, image_root)
-    image = annotations["image_id"].reindex(expressions["ann_id"], fill_value=-(2**63))
-    refuse(
-        image.to_numpy() != expressions["image_id"].to_numpy(),
-        f"{path}: expression ",
-        "its target is no annotation with an area in its image",
-        expressions.index,
-    )
+    image = annotations["image_id"].reindex(expressions["ann_id"], fill_value=-(2**63)).to_numpy()
+    problem = "its target is no annotation with an area in its image"
+    refuse(image != expressions["image_id"].to_numpy(), f"{path}: expression ", problem, expressions.index)
     blank = expressions["text"].str.strip() == ""
     counts["expressions without text left out"] = int(blank.sum())
     return ReferDataset(dataset, split_by, image_root, images, annotations, expressions[~blank], counts)
@@ -196,9 +183,7 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return images, annotations.assign(category=pd.Categorical(names["name"].to_numpy()[row], names["name"].unique()))
 
 
-def _clean(
-    images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_root: Path
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_root: Path) -> tuple:
     """Return both frames by their ids, checked, boxes clipped and degenerate polygons dropped; and counts."""
     for frame, where in ((images, f"{path}: images"), (annotations, f"{path}: annotations")):
         refuse(frame["id"].duplicated(), where, "'id' is that of an earlier entry too")
@@ -222,9 +207,15 @@ def _clean(
 
 
 def _read_refs(path: Path) -> pd.DataFrame:
-    """Return the expressions of a pickle of refs: index sent_id; ref_id, ann_id, image_id, split, text."""
+    """Return the expressions of a pickle of refs, of any protocol, from Python 2 or 3. Nothing in it is executed."""
+    data = read_bytes(path, MAX_PICKLE)
+    with reading(path, "a whole pickle of lists, dicts, text and numbers, from where you trust it"):
+        try:
+            records = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+        except UnicodeDecodeError:  # Python 2's byte strings may be anything, and Latin-1 reads any
+            records = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
     kinds = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": object}
-    refs = read_table(_unpickle(path), f"{path}: refs", **kinds)
+    refs = read_table(records, f"{path}: refs", **kinds)
     texts = read_table(list(chain(*refs["sentences"])), f"{path}: sentences of all refs", sent_id=int, sent=str)
     for frame, key in ((refs, "ref_id"), (texts, "sent_id")):
         refuse(frame[key].duplicated(), f"{path}: {key} ", "is there twice", frame[key])
@@ -237,23 +228,22 @@ def _read_csv(path: Path) -> pd.DataFrame:
     with reading(path, "a CSV in UTF-8, its first line file_name,x,y,w,h,text (data/README.md shows one)"):
         table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
         table = table.rename(columns=str.strip)
-        defaults = {"split": "all", "category": "", "segmentation": ""}
-        table = table.assign(**{key: value for key, value in defaults.items() if key not in table})
         numbers = [name for name in [*XYWH, "width", "height"] if name in table]
-        shapes = [json.loads(shape) if shape.strip() else None for shape in table["segmentation"]]
-        table = table.assign(segmentation=pd.Series(shapes, dtype=object)).astype(dict.fromkeys(numbers, float))
-        return table[["file_name", *XYWH, "text", *defaults, *numbers[4:]]]
+        for name, default in {"split": "all", "category": "", "segmentation": ""}.items():
+            table[name] = table.get(name, default)
+        table["segmentation"] = [json.loads(mask) if mask.strip() else None for mask in table["segmentation"]]
+        columns = ["file_name", *XYWH, "text", "split", "category", "segmentation", *numbers[4:]]
+        return table.astype(dict.fromkeys(numbers, float))[columns]
 
 
 def _read_lists(paths: list[Path], dataset: str) -> pd.DataFrame:
     """Return the same from the lists of an evaluation kit; img_id is the name of a COCO picture and the ref's suffix."""
     kinds = {"img_id": str, "sents": str, "bbox": XYWH, "width": int, "height": int}
     splits = [read_table(read_json(path), f"{path}: entry ", **kinds).assign(split=path.stem) for path in paths]
-    table = pd.concat(splits, ignore_index=True)
-    names = table["img_id"].str.replace(r"^(COCO_\w+_\d{12})_\d+$", r"\1", regex=True)
-    names = names.where(names.str.contains(r"\.\w+$", regex=True), names + ".jpg")
-    table["split"] = table["split"].str.removeprefix(f"{dataset}_")
-    return table.assign(file_name=names, text=table["sents"], category="", segmentation=None)
+    table = pd.concat(splits, ignore_index=True).rename(columns={"sents": "text"})
+    names = table.pop("img_id").str.replace(r"^(COCO_\w+_\d{12})_\d+$", r"\1", regex=True)
+    table["file_name"] = names.where(names.str.contains(r"\.\w+$", regex=True), names + ".jpg")
+    return table.assign(split=table["split"].str.removeprefix(f"{dataset}_"), category="", segmentation=None)
 
 
 def _boxes_of(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -261,22 +251,21 @@ def _boxes_of(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     An image's id is the number at the end of its name, as COCO has it, where all names have one of their own.
     """
-    images = table.drop_duplicates("file_name").reset_index(drop=True)
+    images, boxes = table.drop_duplicates("file_name"), table.drop_duplicates(["file_name", *XYWH])
     numbers = images["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0]
     by_name = numbers.notna().all() and numbers.astype(np.int64).is_unique
-    images["id"] = numbers.astype(np.int64) if by_name else np.arange(1, len(images) + 1)
-    boxes = table.drop_duplicates(["file_name", *XYWH]).reset_index(drop=True)
-    boxes["image_id"] = boxes["file_name"].map(images.set_index("file_name")["id"])
-    boxes = boxes.assign(id=np.arange(1, len(boxes) + 1), area=boxes["w"] * boxes["h"], iscrowd=0)
-    return images, boxes.astype({"category": "category"})
+    images = images.assign(id=numbers.astype(np.int64) if by_name else np.arange(1, len(images) + 1))
+    ids = boxes["file_name"].map(images.set_index("file_name")["id"])
+    boxes = boxes.assign(image_id=ids, id=np.arange(1, len(boxes) + 1), area=boxes["w"] * boxes["h"], iscrowd=0)
+    return images.reset_index(drop=True), boxes.reset_index(drop=True).astype({"category": "category"})
 
 
 def _find_targets(table: pd.DataFrame, path: Path, images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
     """Return the expressions of a table, each with the box of its picture that is the same to a tenth of a pixel."""
-    keys, tenths = ["image_id", *XYWH], dict.fromkeys(XYWH, 1)
     table = table.assign(image_id=table["file_name"].map(images.set_index("file_name")["id"].to_dict()))
-    known = boxes.round(tenths).drop_duplicates(keys)[[*keys, "id"]].rename(columns={"id": "ann_id"})
-    found = table.round(tenths).merge(known, on=keys, how="left").rename_axis("sent_id")
+    keys, tenths = ["image_id", *XYWH], dict.fromkeys(XYWH, 1)
+    known = boxes.round(tenths).drop_duplicates(keys).set_index(keys)["id"].rename("ann_id")
+    found = table.round(tenths).join(known, on=keys).rename_axis("sent_id")
     refuse(found["ann_id"].isna(), f"{path}: expression ", "instances.json has no such picture, or no such box in it")
     found = found.assign(ref_id=found["ann_id"]).astype({"ref_id": int, "ann_id": int, "image_id": int})
     return found[["ref_id", "ann_id", "image_id", "split", "text"]]
@@ -289,22 +278,15 @@ def clean_mask(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
     """
     if not isinstance(segmentation, list):
         return segmentation or None, 0
-    if [type(row) is list and len(row) for row in segmentation] == [width] * height and np.isin(
-        segmentation, [0, 1]
-    ).all():
+    widths = [len(row) if isinstance(row, list) else -1 for row in segmentation]
+    if widths == [width] * height and np.isin(segmentation, [0, 1]).all():
         return coco.encode(np.asfortranarray(segmentation, dtype=np.uint8)), 0
     kept = [part for part in segmentation if type(part) is not list or (len(part) > 5 and len(part) % 2 == 0)]
     return kept or None, len(segmentation) - len(kept)
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clip `boxes` [N, 4] (xywh, pixels) to images of `sizes` [N, 2] (width, height).
-
-    Returns the boxes, which have an area inside [N], and which of these were moved [N], by more than a thousandth.
-
-    >>> clip_boxes(np.array([[-5.0, 2, 15, 4]]), np.array([[20, 10]]))
-    (array([[ 0.,  2., 10.,  4.]]), array([ True]), array([ True]))
-    """
+    """Clip `boxes` [N, 4] (xywh, pixels) to images of `sizes` [N, 2] (width, height): boxes [N, 4], has area, was moved [N]."""
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are what has_area is for
         near, far = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         outside = (near < -1e-3).any(1) | (far > sizes + 1e-3).any(1)
@@ -341,10 +323,10 @@ def refuse(wrong: Any, where: str, problem: str, names: Any = None) -> None:
         raise DatasetError(f"{where}[{name}]: {problem} ({len(rows)} such entries). Correct the file.")
 
 
-def _with_plain_keys(code: bytes) -> Callable:
+def _with_plain_keys(code: bytes) -> Callable[[Any], None]:
     def checked(self: Any) -> None:
         keys = self.stack[-2:-1] if code == pickle.SETITEM else self.stack[::2]
-        if not all(type(key) is str or (type(key) in (int, float) and abs(key) < 2**60) for key in keys):
+        if {*map(type, keys)} != {str} and not all(type(key) is str or abs(key) < 2**60 for key in keys):
             raise pickle.UnpicklingError("a key is neither text nor a number")
         pickle._Unpickler.dispatch[code[0]](self)
 
@@ -352,10 +334,8 @@ def _with_plain_keys(code: bytes) -> Callable:
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Unpickles plain data only, for a pickle may otherwise run any code.
-
-    It is the pure Python one: a few bytes can make the C one (and BYTEARRAY8 here) ask for gigabytes. No sets, and keys
-    are plain: the hash of nested tuples, or of integers made to have the same, can take for ever.
+    """Unpickles plain data, for a pickle may otherwise run any code; in Python, for a few bytes can make the C one (and
+    BYTEARRAY8) ask for gigabytes. To hash nested tuples or integers made to collide can take for ever: keys are plain.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -365,15 +345,6 @@ class _PlainUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}"[:99] + ", which was refused and not executed")
-
-
-def _unpickle(path: Path) -> Any:
-    """Return the content of a pickle of plain data, of any protocol, from Python 2 or 3. Nothing in it is executed."""
-    data = read_bytes(path, MAX_PICKLE)
-    with reading(path, "a whole pickle of lists, dicts, text and numbers, from where you trust it"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()  # Python 2's byte strings may be anything
 
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:

@@ -21,7 +21,6 @@ from . import datasets
 from .datasets import XYWH, DatasetError, ReferDataset, reading
 
 MAX_OUTLINE = 2_000_000  # pixels along the polygons of a mask: pycocotools takes about 300 bytes for each
-FORM = "{image id or file name: [[x, y, w, h], …]} or [{image_id, bbox or segmentation, score}, …] as JSON"
 
 
 def ground_truth(ds: ReferDataset) -> pd.DataFrame:
@@ -54,18 +53,13 @@ def from_boxes(
 
     Boxes are clipped to their image and left out where nothing remains; those of other images are ignored; an image
     without a box gets the whole image. DatasetError for a wrong file, or boxes of another form (`check_boxes`).
-
-    >>> from bsap_utils.datasets import load_refer
-    >>> val = load_refer("data/refshapes", "refshapes").select(split="val")
-    >>> list(from_boxes(val, "data/refshapes/refshapes_dets_dict.json").columns)
-    ['image_id', 'x', 'y', 'w', 'h']
     """
-    frame, counts = _read_results(ds, path, XYWH, score_threshold is not None or top_k is not None)
+    frame, counts = _read_results(ds, path, XYWH, bool(score_threshold or top_k))
     check_boxes(ds, frame, path)
     boxes, has_area, clipped = datasets.clip_boxes(frame[XYWH].to_numpy(), _sizes(ds, frame))
     frame = frame.assign(**dict(zip(XYWH, boxes.T, strict=True)))[has_area]
     counts |= {datasets.CLIPPED: int(clipped.sum()), datasets.NO_AREA: int((~has_area).sum())}
-    if score_threshold is not None:
+    if score_threshold:
         kept = frame["score"] >= score_threshold
         frame, counts["boxes below the score threshold left out"] = frame[kept], int((~kept).sum())
     return _complete(frame, ds, counts, top_k)
@@ -82,7 +76,7 @@ def from_masks(ds: ReferDataset, path: str | Path, top_k: int | None = None, min
     Empty masks and those of other images are left out, an image without a mask gets the whole image. Raises
     DatasetError for a wrong file.
     """
-    frame, counts = _read_results(ds, path, object, nms_iou is not None or top_k is not None)
+    frame, counts = _read_results(ds, path, object, bool(nms_iou or top_k))
     rles = []
     entries = zip(frame.index, frame["segmentation"], frame["bbox"], _sizes(ds, frame).tolist(), strict=True)
     for entry, mask, box, (width, height) in entries:
@@ -95,7 +89,7 @@ def from_masks(ds: ReferDataset, path: str | Path, top_k: int | None = None, min
     if min_area:
         counts[f"masks of less than {min_area} pixels left out"] = int(((area > 0) & (area < min_area)).sum())
     frame = frame[area >= max(min_area or 1, 1)]
-    if nms_iou is not None:
+    if nms_iou:
         masks = frame.sort_values("score", ascending=False, kind="stable").groupby("image_id")["segmentation"]
         kept = masks.transform(lambda masks: suppress(masks.tolist(), nms_iou)).astype(bool).reindex(frame.index)
         frame, counts[f"masks with IoU > {nms_iou:g} with a better one left out"] = frame[kept], int((~kept).sum())
@@ -166,16 +160,12 @@ def pair_up(ds: ReferDataset, candidates: pd.DataFrame, masks: bool = False) -> 
 
 def _same_image(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Return the row numbers of all pairs of rows with one image_id, by left, then right: two int64 [P]."""
-    rows = [
-        pd.DataFrame({"image_id": frame["image_id"].array, "row": np.arange(len(frame))}) for frame in (left, right)
-    ]
-    pairs = rows[0].merge(rows[1], on="image_id").sort_values(["row_x", "row_y"])
+    lines = (frame[["image_id"]].assign(row=np.arange(len(frame))) for frame in (left, right))
+    pairs = pd.merge(*lines, on="image_id").sort_values(["row_x", "row_y"])
     return pairs["row_x"].to_numpy(), pairs["row_y"].to_numpy()
 
 
-def _mask_overlaps(
-    ds: ReferDataset, truth: pd.DataFrame, candidates: pd.DataFrame, left: np.ndarray, right: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _mask_overlaps(ds: ReferDataset, truth: pd.DataFrame, candidates: pd.DataFrame, left: Any, right: Any) -> tuple:
     """Return IoU [P] and intersection and union in pixels [P] of rows `left` of truth with `right` of candidates.
 
     COCO's RLE gives the IoU of an image's masks, each distinct pair once, without decoding; an empty mask has IoU 0.
@@ -220,11 +210,8 @@ def check_boxes(ds: ReferDataset, boxes: pd.DataFrame, source: str | Path) -> No
     poor = reached < 0.2 and len(np.unique(target)) >= 10
     if not len(array) or not (shares or inside.mean() < 0.8 or poor):
         return
-    forms = {
-        "corners [x1, y1, x2, y2]": np.hstack([near, far - near]),
-        "centres [x, y, w, h]": np.hstack([near - far / 2, far]),
-    }
-    forms |= {f"shares of 1 ({name})": form * wide for name, form in {**forms, "[x, y, w, h]": array}.items()}
+    forms = {"corners": np.hstack([near, far - near]), "centres": np.hstack([near - far / 2, far])}
+    forms |= {f"shares of 1 ({name})": form * wide for name, form in {**forms, "x, y, w, h": array}.items()}
     best = max(forms, key=lambda name: ceiling(forms[name]))
     seem = "shares of 1" if shares else "boxes of other pictures or of another size"
     seem = best if ceiling(forms[best]) > max(reached, 0.2) else seem
@@ -250,9 +237,6 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict:
 
     Raises ValueError, TypeError or KeyError for all else: another size, runs that do not fill the image, no polygon of
     three points; those who know the file make a DatasetError of it.
-
-    >>> to_rle([[0, 0, 3, 0, 3, 2, 0, 2]], 2, 4)["size"]
-    [2, 4]
     """
     mask = datasets.clean_mask(segmentation, height, width)[0]
     if isinstance(mask, dict):
@@ -273,11 +257,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict:
 
 
 def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> np.ndarray:
-    """Return the masks of regions of one image: [N, H, W] bool, from segmentations that `to_rle` takes.
-
-    >>> decode_masks([{"size": [2, 3], "counts": [1, 2, 3]}], 2, 3).sum((1, 2))
-    array([2])
-    """
+    """Return the masks of regions of one image: [N, H, W] bool, from segmentations that `to_rle` takes, or DatasetError."""
     with reading("A mask", f"RLE, polygons or a matrix for a picture of {height} × {width} (height × width)"):
         masks = coco.decode([to_rle(segmentation, height, width) for segmentation in segmentations])
     return np.ascontiguousarray(masks.transpose(2, 0, 1)).astype(bool)
@@ -326,7 +306,7 @@ def _sizes(ds: ReferDataset, frame: pd.DataFrame) -> np.ndarray:
 def _read_results(ds: ReferDataset, path: str | Path, bbox: Any, scores: bool) -> tuple[pd.DataFrame, dict[str, int]]:
     """Return image_id, the box and, where the file has them, score and segmentation of the images of `ds`; and counts."""
     content, ids = datasets.read_json(path), dict(zip(ds.images["file_name"], ds.images.index, strict=True))
-    with reading(path, FORM):
+    with reading(path, "{image id or file name: [[x, y, w, h], …]} or [{image_id, bbox or segmentation, score}, …]"):
         if isinstance(content, dict):
             content = [{"image_id": key, "bbox": box} for key, boxes in content.items() for box in boxes]
         content = [{**entry, "image_id": ids.get(entry["image_id"], entry["image_id"])} for entry in content]
@@ -345,7 +325,7 @@ def _read_results(ds: ReferDataset, path: str | Path, bbox: Any, scores: bool) -
 
 def _complete(frame: pd.DataFrame, ds: ReferDataset, counts: dict[str, int], top_k: int | None = None) -> pd.DataFrame:
     """Keep the best of each image, give images without any the whole image, and all rows a mask or none; in ds's order."""
-    if top_k is not None:
+    if top_k:
         kept = frame.groupby("image_id")["score"].rank(method="first", ascending=False) <= top_k
         frame, counts[f"candidates beyond the best {top_k} of their image left out"] = frame[kept], int((~kept).sum())
     columns = [name for name in ["image_id", *XYWH, "ann_id", "score", "segmentation"] if name in frame]

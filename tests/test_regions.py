@@ -331,9 +331,9 @@ def keyed(detections, boxes):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("corners", r"look like corners \[x1, y1, x2, y2\]: write"),
+        ("corners", "look like corners: write"),
         ("centres", "look like centres"),
-        ("shares", r"look like shares of 1 \(\[x, y, w, h\]\): write"),
+        ("shares", r"look like shares of 1 \(x, y, w, h\): write"),
         ("shares, corners", r"look like shares of 1 \(corners"),
         ("shares, centres", r"look like shares of 1 \(centres"),
         ("twice", "of another size"),
