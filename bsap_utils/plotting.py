@@ -106,9 +106,10 @@ def show_table(frame: pd.DataFrame, digits: int = 1) -> pd.io.formats.style.Styl
     for name in frame.columns:
         stem = {"accuracy": "ci", "delta_vs_clip": "delta_ci", "median_rank": "median"}.get(name, name)
         low, high = (f"{stem.removesuffix('_vs_clip')}_{side}" for side in ("low", "high"))
-        texts = [_written(value, digits + 3 * name.startswith("p_")) for value in frame[name]]
+        sign = "+" * name.startswith("delta")
+        texts = [_written(value, digits + 3 * name.startswith("p_"), sign) for value in frame[name]]
         if low in frame:
-            bounds = (frame[side].map(lambda value: _written(value, digits)) for side in (low, high))
+            bounds = ([_written(value, digits, sign) for value in frame[side]] for side in (low, high))
             texts = [f"{text} [{left}, {right}]" for text, left, right in zip(texts, *bounds, strict=True)]
         if not name.endswith(("_low", "_high")):
             shown[COLUMN_LABELS.get(name, name.replace("_", " "))] = texts
@@ -159,23 +160,25 @@ def intervals(
     `zero` draws the line of no difference and signs the numbers; `marks` are dotted lines, name → value; `labels` (title,
     xlabel) go to `Axes.set`. A missing number is a dash. Returns the figure, a new one unless there is an `axis`.
     """
-    rows, groups = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[hue or row])) if hue else [None]
+    rows, groups = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[hue])) if hue else [""]
+    shifts = {group: 0.7 * ((number + 0.5) / len(groups) - 0.5) for number, group in enumerate(groups)}
     axis = axis or plt.subplots(figsize=(0.72 * DOUBLE_COLUMN, 0.12 * len(rows) * (1 + len(groups)) + 0.85))[1]
+    names = axis.yaxis.major.__dict__.setdefault("names", [label(str(level)) for level in rows])  # one order, if shared
     paint = colours(table[hue or row]) if hue or set(rows) & set(METHOD_COLOURS) else dict.fromkeys(rows, SERIES[0])
     for name, at in {**({"": 0.0} if zero else {}), **(marks or {})}.items():
         axis.axvline(at, color="0.35", linewidth=1, linestyle=":" if name else "-", zorder=0)
         axis.annotate(name, (at, 1), (2, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
                       va="top", fontsize=7, color="0.35", rotation=90)  # fmt: skip
     for entry in table.to_dict("records"):
-        y = rows.index(entry[row]) + 0.7 * ((groups.index(entry[hue] if hue else None) + 0.5) / len(groups) - 0.5)
+        y = names.index(label(str(entry[row]))) + shifts[entry[hue] if hue else ""]
         tone, text = paint[entry[hue or row]], _written(float(entry[value]), digits, "+" if zero else "")
         axis.plot([entry[low], entry[high]], [y, y], color=tone, linewidth=1.3, solid_capstyle="butt")
         axis.plot(entry[value], y, "o", color=tone, markersize=4.5)
         axis.annotate(text, (1, y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                       va="center", fontsize=7.5, color=tone)  # fmt: skip
-    axis.set_yticks(range(len(rows)), [label(str(level)) for level in rows])
+    axis.set_yticks(range(len(names)), names)
     measure = "difference to CLIP, points" if zero else COLUMN_LABELS.get(value, value)
-    axis.set(**{"ylim": (len(rows) - 0.4, -0.6), "xlabel": f"{measure}, 95 % interval", "axisbelow": True} | labels)
+    axis.set(**{"ylim": (len(names) - 0.4, -0.6), "xlabel": f"{measure}, 95 % interval", "axisbelow": True} | labels)
     axis.grid(axis="x", color="0.92")
     if hue:
         _legend(axis, paint, "o")
@@ -237,16 +240,13 @@ def heat_map(
     go to `Axes.set`. The middle of row i and column j is the point (j + 0.5, i + 0.5), for marks that are added.
     """
     axis = axis or plt.subplots(figsize=(DOUBLE_COLUMN, min(4.2, 0.3 * len(frame) + 1.1)))[1]
-    reach = 0.0 if centre is None else float(np.nanmax((frame - centre).abs()))
-    span = {} if centre is None else {"vmin": centre - reach, "vmax": centre + reach}
     sns.heatmap(frame, ax=axis, annot=frame.size <= 80, fmt=".1f", annot_kws={"size": 7}, cbar_kws={"label": measure},
-                cmap="cividis" if centre is None else "PuOr", xticklabels=False, yticklabels=False, **span)  # fmt: skip
+                cmap="cividis" if centre is None else "PuOr", center=centre, xticklabels=False, yticklabels=False)  # fmt: skip
     for names, set_ticks in ((frame.columns, axis.set_xticks), (frame.index, axis.set_yticks)):
         step = -(-len(names) // 12)
         shown = sorted({*range(0, len(names) - step // 2, step), len(names) - 1})
         set_ticks([number + 0.5 for number in shown], [_level(names[number]) for number in shown], rotation=0)
-    if len(frame.columns) > 1 and frame.columns[-1] == np.inf:
-        axis.axvline(len(frame.columns) - 1, color="white", linewidth=3)
+    axis.axvline(len(frame.columns) - 1, color="white", linewidth=3 if frame.columns[-1] == np.inf else 0)
     for number, column in enumerate(frame.fillna(-np.inf).to_numpy().argmax(1) if best else ()):
         axis.add_patch(Rectangle((column + 0.05, number + 0.07), 0.9, 0.86, fill=False, edgecolor="white", linewidth=2))
     axis.set(**{"xlabel": "temperature T", "ylabel": ""} | labels)

@@ -81,6 +81,11 @@ def test_text_is_text_in_every_figure(tmp_path):
     plotting.save(grid, tmp_path / "grid", "")
 
 
+def test_what_cannot_be_drawn_is_replaced_and_long_text_is_cut():
+    assert plotting.plain("a\ud83d\x00 b\n c") == "a?� b c"
+    assert plotting.plain("one two three four five", 9) == "one two\nthree …"
+
+
 def test_a_method_of_ones_own_has_its_name_and_a_grey_that_stays():
     assert plotting.label("mine") == "mine" and plotting.label("clip") == "CLIP"
     grey = plotting.colour("mine")
@@ -119,6 +124,17 @@ def test_differences_have_a_zero_line_signs_and_a_dash_where_nothing_is_known():
     assert "difference to CLIP" in figure.axes[0].get_xlabel()
 
 
+def test_panels_that_share_their_levels_have_one_order():
+    left, right = plt.subplots(1, 2, sharey=True)[1]
+    plotting.intervals(a_table(), axis=left)
+    plotting.intervals(a_table().iloc[[2, 1]], axis=right)
+    points = {
+        float(line.get_xdata()[0]): float(line.get_ydata()[0]) for line in right.lines if line.get_marker() == "o"
+    }
+    assert points == {46.0: 2.0, 43.0: 1.0}
+    assert [text.get_text() for text in left.get_yticklabels()] == ["CLIP", "BSAP", "mine"]
+
+
 def test_levels_of_a_hue_do_not_lie_on_each_other():
     both = pd.concat([a_table().assign(split="val"), a_table().assign(split="test")])
     figure = plotting.intervals(both, hue="split", title="both")
@@ -151,11 +167,13 @@ def test_a_logarithmic_axis_has_plain_numbers():
 
 def test_a_heat_map_names_its_levels_and_frames_the_best_of_each_row():
     frame = pd.DataFrame([[1.0, 5.0, 2.0], [9.0, np.nan, 3.0]], ["clip", "b"], [0.5, 1.0, np.inf])
-    axis = plotting.heat_map(frame, best=True, centre=0.0, title="map").axes[0]
+    axis = plotting.heat_map(frame, best=True, centre=5.0, title="map").axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.5", "1", "∞"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["CLIP", "b"]
     assert [(int(patch.get_x()), int(patch.get_y())) for patch in axis.patches] == [(1, 0), (0, 1)]
-    assert axis.collections[0].get_clim() == (-9, 9)
+    axis.figure.canvas.draw()
+    at_the_centre, low = axis.collections[0].get_facecolors()[[1, 0], :3]
+    assert at_the_centre.min() > 0.9 > low.min(), "no colour where a number is the centre"
     large = plotting.heat_map(pd.DataFrame(np.ones((22, 21)), columns=[*np.logspace(-1, 2, 20), np.inf]))
     labels = [label.get_text() for label in large.axes[0].get_xticklabels()]
     assert len(labels) <= 13 and labels[-1] == "∞"
@@ -273,11 +291,23 @@ def test_a_grid_has_every_picture_over_its_caption():
 
 
 def test_a_table_for_readers_has_labels_intervals_and_dashes_and_no_markup():
-    table = a_table(["clip", "<script>alert(1)</script>"]).assign(p_holm=[1.0, 0.0123], split="$5 … $10")
+    table = a_table(["clip", "<script>alert(1)</script>"]).assign(
+        p_holm=[1.0, 0.0123], split="$5 … $10", delta_vs_clip=[0.0, -2.5]
+    )
     table.loc[1, ["accuracy", "ci_low"]] = np.nan
     html = plotting.show_table(table.set_index("method")).to_html()
     cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", html)
-    assert {"accuracy, %", "p (Holm)", "CLIP", "40.0 [38.0, 41.0]", "– [–, 44.0]", "0.0123", "$5 … $10"} <= set(cells)
+    assert {
+        "accuracy, %",
+        "p (Holm)",
+        "CLIP",
+        "40.0 [38.0, 41.0]",
+        "– [–, 44.0]",
+        "+0.0",
+        "−2.5",
+        "0.0123",
+        "$5 … $10",
+    } <= set(cells)
     assert "<script>" not in html and "ci_low" not in html
     assert "tex2jax_ignore" in html, "dollars are no mathematics in a table either"
     numbered = plotting.show_table(table[["method", "accuracy"]]).to_html()
