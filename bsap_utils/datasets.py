@@ -10,7 +10,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,11 +102,15 @@ class ReferDataset:
         """Names that `select` accepts, sorted."""
         return sorted(self.expressions["split"].unique())
 
-    def select(self, split: str | None = None, limit: int | None = None) -> ReferDataset:
-        """Return the expressions of one split (None: all), their images, and all annotations of these.
+    def select(self, split: str | Sequence[str] | None = None, limit: int | None = None) -> ReferDataset:
+        """Return the expressions of one or several splits (None: all), their images, and all annotations of these.
 
-        `limit` takes the first that many images (0: all). DatasetError for an unknown split or a negative limit.
+        `limit` takes the first that many images of each (0: all). DatasetError for an unknown split, a negative limit.
         """
+        if not isinstance(split, str | None):  # refcocog's splits share images
+            parts, names = [self.select(one, limit) for one in split], ("images", "annotations", "expressions")
+            joint = {name: pd.concat([getattr(part, name) for part in parts]) for name in names}
+            return dataclasses.replace(self, **{name: one[~one.index.duplicated()] for name, one in joint.items()})
         if (limit or 0) < 0:
             raise DatasetError(f"limit is {limit}: pass how many images to take, or 0 for all.")
         if split not in (None, *self.splits):

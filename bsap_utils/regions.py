@@ -39,7 +39,9 @@ def ground_truth(ds: ReferDataset) -> pd.DataFrame:
 def whole_images(ds: ReferDataset) -> pd.DataFrame:
     """Return each image as its only candidate."""
     frame = ds.images.rename(columns={"width": "w", "height": "h"}).assign(x=0, y=0).astype(dict.fromkeys(XYWH, float))
-    return frame.reset_index(names="image_id")[["image_id", *XYWH]]
+    frame = frame.reset_index(names="image_id")[["image_id", *XYWH]]
+    frame.attrs["counts"] = {}
+    return frame
 
 
 def from_boxes(

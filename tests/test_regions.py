@@ -128,7 +128,7 @@ def test_objects_without_masks(ds):
 def test_whole_images(ds):
     frame = whole_images(ds)
     assert rows(frame) == [(20, 0, 0, 40, 30), (3, 0, 0, 40, 30), (8, 0, 0, 40, 30)]
-    assert frame.dtypes[XYWH].eq(np.float64).all()
+    assert frame.dtypes[XYWH].eq(np.float64).all() and frame.attrs["counts"] == {}
 
 
 def test_boxes_as_reclip_publishes_them(ds, tmp_path):
