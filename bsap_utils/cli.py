@@ -82,9 +82,9 @@ def check_known(where: str, names: Any, known: dict[str, Any]) -> None:
 
 
 def literal(text: str) -> Any:
-    """The value that Python sees in a text, else the text."""
+    """The value that Python sees in a text (infinities, too), else the text."""
     with suppress(ValueError, SyntaxError):
-        return float(text) if text == "inf" else ast.literal_eval(text)
+        return ast.literal_eval(re.sub(r"""^inf$|float\(["']inf["']\)""", "1e999", text))
     return text
 
 
