@@ -167,12 +167,12 @@ def test_a_logarithmic_axis_has_plain_numbers():
 
 def test_a_heat_map_names_its_levels_and_frames_the_best_of_each_row():
     frame = pd.DataFrame([[1.0, 5.0, 2.0], [9.0, np.nan, 3.0]], ["clip", "b"], [0.5, 1.0, np.inf])
-    axis = plotting.heat_map(frame, best=True, centre=5.0, title="map").axes[0]
+    axis = plotting.heat_map(frame, best=True, centre=2.0, title="map").axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.5", "1", "∞"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["CLIP", "b"]
     assert [(int(patch.get_x()), int(patch.get_y())) for patch in axis.patches] == [(1, 0), (0, 1)]
     axis.figure.canvas.draw()
-    at_the_centre, low = axis.collections[0].get_facecolors()[[1, 0], :3]
+    at_the_centre, low = axis.collections[0].get_facecolors()[[2, 3], :3]
     assert at_the_centre.min() > 0.9 > low.min(), "no colour where a number is the centre"
     large = plotting.heat_map(pd.DataFrame(np.ones((22, 21)), columns=[*np.logspace(-1, 2, 20), np.inf]))
     labels = [label.get_text() for label in large.axes[0].get_xticklabels()]
@@ -205,7 +205,9 @@ def test_a_label_stays_inside_the_picture_wherever_its_box_is(box, below, column
     plt.close("all")
 
 
-@pytest.mark.parametrize("target", [(10, 200, 60, 40), (10, 0, 60, 40), (250, 100, 60, 60), (250, 205, 70, 35)])
+@pytest.mark.parametrize(
+    "target", [(110, 55, 90, 43), (10, 200, 60, 40), (10, 0, 60, 40), (250, 100, 60, 60), (250, 205, 70, 35)]
+)
 def test_labels_cover_neither_what_is_asked_for_nor_each_other(target):
     axis = plt.subplots(figsize=(2.3, 2), subplot_kw=plotting.BLANK)[1]
     axis.imshow(np.zeros((240, 320, 3)))
