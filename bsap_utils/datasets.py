@@ -40,7 +40,7 @@ def reading(name: Any, wanted: str) -> Iterator[None]:
     except DatasetError:
         raise
     except Exception as error:
-        problem = (str(error) or type(error).__name__).split(" <_io")[0][:300]
+        problem = "no " * isinstance(error, KeyError) + (str(error) or type(error).__name__).split(" <_io")[0][:300]
         raise DatasetError(f"{name} cannot be read ({problem}). Pass {wanted}.") from error
 
 
@@ -306,8 +306,9 @@ def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
     Raises DatasetError for a missing key, another kind of value, an integer of over 64 bits, text that is not Unicode.
     """
     columns: dict[str, Any] = {}
+    wanted = ", ".join(f"{key} [x, y, w, h]" if kind is XYWH else key for key, kind in kinds.items())
     for key, kind in kinds.items():
-        with reading(f"{where}, key '{key}',", f"a list of records with {', '.join(kinds)}"):
+        with reading(f"{where}, key '{key}',", f"a list of records with {wanted}"):
             values = [record.get(key) if kind is object else record[key] for record in records]
             if kind is str:
                 "".join(values).encode()  # JSON may hold half a character

@@ -196,23 +196,18 @@ def test_code_in_a_pickle_is_refused_by_name_and_not_executed(tmp_path, name, pr
     assert not marker.exists()
 
 
-def nested(depth):
-    key = ()
-    for _ in range(depth):
-        key = (key, key)
-    return key
-
-
 COLLIDING = (
     b"\x80\x02}(" + b"".join(pickle.dumps(i * (2**61 - 1), 2)[2:-1] + b"K\x00" for i in range(9, 40_000)) + b"u."
 )
-NESTED = b"(lp0\n(dp1\n" + b"()" + b"2\x86" * 60 + b"I1\nsa."
+TUPLES = b")" + b"2\x86" * 60  # ((), ()) of itself and so on: 2⁶⁰ to hash
+NESTED, SET = b"(lp0\n(dp1\n" + TUPLES + b"I1\nsa.", b"\x80\x04\x8f(" + TUPLES + b"\x90."
 GARBAGE = [b"", b"\x80\x04", b"not a pickle", b"p9999999999\n.", b"P1\n.", b"\x80\x02J.", b"\x80\x02r\xff\xff\xff\x7f."]
 GARBAGE += [
     b"\x80\x05\x96" + (2**40).to_bytes(8, "little"),
     pickle.dumps({"a": 1}),
     pickle.dumps(None),
     NESTED,
+    SET,
     COLLIDING,
 ]
 GARBAGE += [pickle.dumps([{1, 2}], 4), pickle.dumps([{(1, 2): 3}], 2), pickle.dumps([{(1,): 3}], 0)]
@@ -416,6 +411,8 @@ def test_rounding_is_not_clipping(tmp_path):
     """COCO's boxes have two decimals, and x + w may pass the width by a rounding error."""
     ds = load_refer(write(tmp_path, **edited("instances.annotations.0.bbox", [13.1, 0.1, 26.9 + 1e-9, 29.9])))
     assert ds.counts[CLIPPED] == 1 and ds.annotations.at[11, "w"] == 26.9 + 1e-9
+    ds = load_refer(write(tmp_path, **edited("instances.annotations.0.bbox", [-1e-9, 0.1, 26.9, 29.9])))
+    assert ds.counts[CLIPPED] == 1
     ds = load_refer(write(tmp_path, **edited("instances.annotations.0.bbox", [13.1, 0.1, 26.91, 29.9])))
     assert ds.counts[CLIPPED] == 2 and ds.annotations.at[11, "w"] == pytest.approx(26.9)
 

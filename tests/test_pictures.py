@@ -49,6 +49,11 @@ def test_odd_numbers_are_black(array):
     assert not np.asarray(open_picture(Image.fromarray(array))).any()
 
 
+def test_infinity_does_not_hide_the_rest():
+    picture = open_picture(Image.fromarray(np.array([[np.inf, 0.5, -np.inf, 1]], np.float32)))
+    assert np.asarray(picture)[0, :, 0].tolist() == [0, 128, 0, 255]
+
+
 def test_every_mode_is_that_of_convert():
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 8, 4), dtype=np.uint8), "RGBA")
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA", "HSV"):

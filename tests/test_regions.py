@@ -200,8 +200,8 @@ GOOD = {"3": [[1, 2, 3, 4], [0, 0, 5, 5]], "20": [[0, 0, 9, 9]]}
         ({"detections": GOOD}, "key 'image_id'.*'detections'"),
         ({"COCO_train2014_000000000003": [[1, 2, 3, 4]]}, "key 'image_id'.*'COCO_train2014_000000000003'"),
         ([[1, 2, 3, 4]], "boxes.json cannot be read"),
-        ([{"image_id": 3, "box": [1, 2, 3, 4], "score": 1.0}], r"key 'bbox', cannot be read \('bbox'\)"),
-        ([{"scores": [0.9], "labels": ["x"], "boxes": [[1, 2, 3, 4]]}], r"cannot be read \('image_id'\)"),
+        ([{"image_id": 3, "box": [1, 2, 3, 4], "score": 1.0}], r"key 'bbox', cannot be read \(no 'bbox'\)"),
+        ([{"scores": [0.9], "labels": ["x"], "boxes": [[1, 2, 3, 4]]}], r"cannot be read \(no 'image_id'\)"),
         ([result(3, [0, 0, 1, 1], "high")], "key 'score'.*'high'"),
         ([result(3, [0, 0, 1, 1], math.nan)], r"entry \[0\]: 'score' is NaN"),
         ([result(3.5, [0, 0, 1, 1], 1)], "key 'image_id'"),
@@ -243,7 +243,7 @@ BOX = st.lists(NUMBER, min_size=4, max_size=4)
 FITTING = [[1.0, 1.0, 5.0, 5.0]]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.sampled_from(["3", "8", "20", "77"]), st.lists(BOX, max_size=5)), st.booleans())
 def test_any_boxes_end_inside_their_image(ds, detections, as_results):
     """Against a loop over the boxes; most are good ones, else all are refused as being of another form."""
@@ -350,9 +350,17 @@ def test_boxes_in_another_form_are_refused_by_name(sample_val, detections, detec
 def test_boxes_that_are_right_or_too_few_to_tell_pass(sample_val, detections, detected, ds, tmp_path):
     frame = from_boxes(sample_val, save(keyed(detections, detected["right"]), tmp_path))
     assert np.allclose(frame[XYWH], detections[XYWH])
-    assert (
-        len(from_boxes(ds, save({"3": [[30, 0, 5, 5]], "20": [[0, 0, 3, 3]]}, tmp_path))) == 3
-    )  # two targets, both missed
+    missed = {"3": [[30, 0, 5, 5]], "20": [[0, 0, 3, 3]]}
+    assert len(from_boxes(ds, save(missed, tmp_path))) == 3
+
+
+def test_shares_and_boxes_outside_are_refused_without_many_targets(ds, tmp_path):
+    for boxes, message in (
+        ([[0.1, 0.1, 0.5, 0.5]] * 3, "shares of 1"),
+        ([[1, 1, 5, 5], [30, 20, 35, 25]], "50% of the boxes leave"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            from_boxes(ds, save({"8": boxes}, tmp_path))
 
 
 # Pairs

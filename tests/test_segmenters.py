@@ -41,6 +41,15 @@ def test_felzenszwalb_finds_what_stands_out_first():
     assert len(felzenszwalb(picture(), top_k=2)[0]) == 2
 
 
+def test_what_touches_the_edge_is_less_likely_a_thing():
+    image = Image.new("RGB", (200, 100), (90, 90, 90))
+    image.paste((200, 40, 40), (0, 30, 40, 70))
+    image.paste((200, 40, 40), (120, 30, 160, 70))
+    masks, scores = felzenszwalb(image)
+    left = coco.toBbox(masks)[:, 0]
+    assert scores[left < 2].max() < 0.8 * scores[np.abs(left - 120) < 3].max()
+
+
 def test_felzenszwalb_gives_masks_of_the_image_s_own_size():
     """It works on a smaller copy, so the masks must come back to where things are."""
     large = picture().resize((1200, 800), Image.Resampling.LANCZOS)
