@@ -6,7 +6,6 @@ Regions are encoded once; a change costs a few text features, small matrix produ
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import io
 import tempfile
@@ -25,12 +24,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as Pillow
-from pycocotools import mask as coco
 from torch import Tensor
 
 from . import plotting
 from .aux_prompts import BANKS, auxiliary_prompts
-from .datasets import XYWH, DatasetError, ReferDataset, open_picture
+from .datasets import XYWH, ReferDataset, open_picture
 from .evaluation import pick
 from .normalization import METHODS, calibrated_weight, pool
 from .regions import box_iou, pair_up
@@ -54,7 +52,7 @@ class Setting(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture, its candidates' boxes (xywh [N, 4]) and rows [N] in `features`, and the expressions known."""
+    """A picture, its candidates' boxes (xywh [N, 4]) and their rows [N] in `features`; the expressions known of it."""
 
     image: Pillow.Image
     boxes: np.ndarray
@@ -69,7 +67,8 @@ def encode_picture(scorer: Any, image: Pillow.Image, boxes: Any, visual_prompts:
     images = pd.DataFrame([("own.png", *image.size)], columns=["file_name", "width", "height"], index=[1])
     with tempfile.TemporaryDirectory() as folder:
         image.save(Path(folder) / "own.png")
-        return scorer.encode_regions(ReferDataset("own", "", Path(folder), images, frame, frame), frame, visual_prompts)
+        ds = ReferDataset("own", "", Path(folder), images, frame, frame, {})
+        return scorer.encode_regions(ds, frame, visual_prompts)
 
 
 class Explorer:
@@ -79,9 +78,8 @@ class Explorer:
                  visual_prompts: Any = ("crop", "blur")) -> None:  # fmt: skip
         self.ds, self.scorer, self.whole, self.visual_prompts = ds, scorer, whole, list(visual_prompts)
         self.pairs, self.image = pair_up(ds, candidates), scorer.encode_regions(ds, candidates, visual_prompts)
-        self.boxes, self._kept = candidates[XYWH].to_numpy(), {}  # type: ignore[var-annotated]
+        self.boxes, self.figure = candidates[XYWH].to_numpy(), Figure(figsize=(plotting.DOUBLE_COLUMN, 2.9))
         self.competing = torch.from_numpy(ds.images.index.get_indexer(candidates["image_id"]))
-        self.figure = Figure(figsize=(plotting.DOUBLE_COLUMN, 2.9))
 
     def scene(self, number: int) -> Scene:
         """Return scene 1, 2, …"""
@@ -95,59 +93,48 @@ class Explorer:
         return Scene(image, np.asarray(boxes, float), torch.arange(len(boxes)), features, self.ds.expressions[:0])
 
     def prompts(self, bank: str) -> list[str]:
-        """Return the texts of a bank: a name, a text file, or prompts that were typed, with commas between them."""
+        """Return the texts of a bank, or those typed."""
         typed = [text.strip() for text in bank.split(",") if text.strip()]
         if not typed:
             raise ValueError("Type auxiliary prompts, with commas between them, or the name of a bank.")
         return auxiliary_prompts(bank, self.whole) if bank in BANKS or Path(bank).is_file() else typed
 
-    def logits(self, texts: list[str], template: str, features: Any = None) -> Tensor:
-        """Return logits [C, T] of all candidates, which are kept, or of other `features`."""
-        encoded, key = self.scorer.encode_texts(texts, template), (template, *texts)
-        if features is not None and features is not self.image:
-            return self.scorer.logits(features, encoded)
-        if key not in self._kept:
-            self._kept[key] = self.scorer.logits(self.image, encoded)
-        return self._kept[key]
+    def logits(self, texts: Any, setting: Setting, features: Any = None) -> Tensor:
+        """Return logits [C, T] of all candidates, or of other `features`."""
+        features = self.image if features is None else features
+        return self.scorer.logits(features, self.scorer.encode_texts(texts, setting.template))
 
     def calibrated(self, setting: Setting) -> float:
         """Return w* at the setting's temperature, from train expressions; NaN where the data set has none."""
-        key = (setting.bank, setting.template, setting.temperature)
-        if key not in self._kept:
-            with contextlib.suppress(DatasetError):
-                texts = auxiliary_prompts("expressions", self.whole)
-                pooled = pool(self.logits(self.prompts(setting.bank), setting.template), setting.temperature)
-                mean = self.logits(texts, setting.template).mean(1)
-                self._kept[key] = calibrated_weight(pooled, mean, self.competing)
-        return self._kept.get(key, float("nan"))
+        if "train" not in self.whole.splits:
+            return float("nan")
+        pooled = pool(self.logits(self.prompts(setting.bank), setting), setting.temperature)
+        unlabelled = self.logits(auxiliary_prompts("expressions", self.whole), setting)
+        return calibrated_weight(pooled, unlabelled.mean(1), self.competing)
 
     def score(self, name: str, s: Tensor, a: Tensor, pairs: Any, setting: Setting) -> tuple[Tensor, str]:
-        """Return a method's scores of pairs [P], and the formula: BSAP has the setting's temperature and weight, or w*."""
-        weight = {"bsap": setting.weight}.get(name, 1.0) if name != "bsap_calibrated" else self.calibrated(setting)
-        base = name.removesuffix("_calibrated")
-        options = {"qb_norm": self.scorer.logit_scale / 20, "bsap": setting.temperature, "bsap_h": setting.temperature}
-        given = {"temperature": round(options[base], 6)} if base in options else {}
-        formula = f"METHODS[{base!r}](s, a, pairs, **{given})"
-        scores = METHODS[base](s, a, pairs, **given)
+        """Return a method's scores of pairs [P], and their formula: BSAP has the setting's temperature and weight, or w*."""
+        weight = self.calibrated(setting) if name == "bsap_calibrated" else setting.weight if name == "bsap" else 1.0
+        name, t = name.removesuffix("_calibrated"), setting.temperature
+        options = {"bsap": t, "bsap_h": t, "qb_norm": self.scorer.logit_scale / 20}
+        given = {"temperature": options[name]} if name in options else {}
+        scores, formula = METHODS[name](s, a, pairs, **given), f"METHODS[{name!r}](s, a, pairs, **{given})"
         return (scores, formula) if weight == 1 else (s + weight * (scores - s), f"s + {weight:.6g} * ({formula} - s)")
 
     def right(self, name: str, setting: Setting) -> Tensor:
         """Return for each expression of all scenes whether a method finds it, [E] bool."""
-        if setting.template not in self._kept:
-            texts = self.scorer.encode_texts(self.ds.expressions["text"], setting.template)
-            self._kept[setting.template] = self.scorer.pair_logits(self.image, texts, self.pairs)
-        a = self.logits(self.prompts(setting.bank), setting.template)
-        scores, _ = self.score(name, self._kept[setting.template], a, self.pairs, setting)
-        return self.pairs.iou[pick(self.pairs, scores)] > 0.5
+        text = self.scorer.encode_texts(self.ds.expressions["text"], setting.template)
+        s, a = self.scorer.pair_logits(self.image, text, self.pairs), self.logits(self.prompts(setting.bank), setting)
+        return self.pairs.iou[pick(self.pairs, self.score(name, s, a, self.pairs, setting)[0])] > 0.5
 
     def table(self, scene: Scene, setting: Setting) -> pd.DataFrame:
-        """Return a row a method: pick (number from 1), right (✓, ✗, –: not known), margin to the second-best, formula."""
-        s = self.logits([setting.text], setting.template, scene.features)[scene.rows, 0]
-        a = self.logits(self.prompts(setting.bank), setting.template, scene.features)
+        """Return a row a method: pick (from 1), right (✓, ✗, –: not known), margin to the second-best, formula."""
+        s, a = (self.logits(texts, setting, scene.features) for texts in ([setting.text], self.prompts(setting.bank)))
         known, rows = scene.expressions[scene.expressions["text"].str.lower() == setting.text.lower()], {}
         truth = self.ds.annotations.loc[known["ann_id"], XYWH].to_numpy()[:1]
+        pairs = SimpleNamespace(expression=0 * scene.rows, candidate=scene.rows)
         for name in SHOWN:
-            scores, formula = self.score(name, s, a, SimpleNamespace(expression=0 * scene.rows, candidate=scene.rows), setting)
+            scores, formula = self.score(name, s[scene.rows, 0], a, pairs, setting)
             if not scores.isnan().any():
                 best, place = (values.tolist() for values in scores.topk(min(2, len(scores))))
                 right = "✗✓"[int(box_iou(scene.boxes[place[0]], truth[0]) > 0.5)] if len(truth) else "–"
@@ -162,21 +149,20 @@ class Explorer:
         small = scene.image.reduce(max(1, max(scene.image.size) // 800))
         left.imshow(np.asarray(small), extent=(0, scene.image.width, scene.image.height, 0))
         left.set(xticks=[], yticks=[], title=plotting.plain(f"“{setting.text}”", 60, 1), frame_on=False)
-        picks = {name: table.at[name, "pick"] - 1 for name in dict.fromkeys(["clip", setting.method])}
+        tag = {"boxstyle": "square,pad=0.12", "facecolor": "0.2", "edgecolor": "none"}
         for number, (x, y, w, h) in enumerate(scene.boxes, 1):
             left.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=0.8))
-            left.text(x + w, y + h, number, ha="right", va="bottom", fontsize=6, color="white",
-                      bbox={"boxstyle": "square,pad=0.12", "facecolor": "0.2", "edgecolor": "none"})  # fmt: skip
-        for name, row in picks.items():
-            plotting.outline(left, scene.boxes[row], plotting.colour(name), plotting.label(name), below=name != "clip")
-        prompts, t = self.prompts(setting.bank), setting.temperature
-        picked = scene.rows[list(picks.values())]
-        s, a = (self.logits(texts, setting.template, scene.features)[picked].double() for texts in ([setting.text], prompts))
-        shares, bias = 100 * (a / t).softmax(1), pool(a, t)
-        top = shares.amax(0).topk(min(8, len(prompts))).indices
+            left.text(x + w, y + h, number, ha="right", va="bottom", fontsize=6, color="white", bbox=tag)
+        picks = {name: table.at[name, "pick"] - 1 for name in dict.fromkeys(["clip", setting.method])}
+        prompts, t, picked = self.prompts(setting.bank), setting.temperature, scene.rows[list(picks.values())]
+        s, a = (self.logits(texts, setting, scene.features)[picked].double() for texts in ([setting.text], prompts))
+        shares, bias = (100 * (a / t).softmax(1)).numpy(), pool(a, t)
+        top, weight = shares.max(0).argsort()[:-9:-1], f" − {setting.weight:.2f} ·" if setting.method == "bsap" else ","
         for k, (name, row) in enumerate(picks.items()):
-            right.barh(np.arange(len(top)) + 0.4 * k - 0.2, shares[k, top], 0.38, color=plotting.colour(name),
-                       label=f"{plotting.label(name)}'s pick, {row + 1}: logit {float(s[k]):.2f}, bias {bias[k]:.2f}")  # fmt: skip
+            colour, label = plotting.colour(name), plotting.label(name)
+            plotting.outline(left, scene.boxes[row], colour, label, below=name != "clip")
+            words = f"{label}'s pick, {row + 1}: logit {float(s[k]):.2f}{weight} bias {bias[k]:.2f}"
+            right.barh(np.arange(len(top)) + 0.4 * k - 0.2, shares[k, top], 0.38, color=colour, label=words)
         right.set_yticks(range(len(top)), [plotting.plain(prompts[i], 24, 1) for i in top])
         right.set(xlabel=f"share of the bias at T = {t:.3g}, %", ylim=(len(top) - 0.4, -0.6))
         right.legend(loc="lower right", bbox_to_anchor=(1, 1))
@@ -185,21 +171,24 @@ class Explorer:
         Pillow.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(png, "png", compress_level=1)
         return png.getvalue()
 
-    def code(self, scene: Scene, setting: Setting, table: pd.DataFrame, data: dict[str, Any]) -> str:
-        """Return six lines of Python that repeat the pick of the method in focus."""
-        typed = setting.bank not in BANKS and not Path(setting.bank).is_file()
-        bank = f"{self.prompts(setting.bank)}" if typed else f"auxiliary_prompts({setting.bank!r}, whole)"
-        root, source = repr(data["root"]), f"whole.select({data['split']!r}, {data['limit']})"
-        lines = [f"ds = {source}; candidates = load_candidates(ds, {data['proposals']!r}, {root})", "scorer.encode_regions(ds, candidates"]
+    def code(self, scene: Scene, setting: Setting, formula: str, data: dict[str, Any]) -> str:
+        """Return six lines of Python that repeat a pick."""
+        bank = f"auxiliary_prompts({setting.bank!r}, whole)"
+        bank = bank if setting.bank in BANKS or Path(setting.bank).is_file() else f"{self.prompts(setting.bank)}"
+        lines = (f"ds = whole.select({data['split']!r}, {data['limit']}); candidates = load_candidates(ds, "
+                 f"{data['proposals']!r}, {data['root']!r})", "scorer.encode_regions(ds, candidates")  # fmt: skip
         if scene.features is not self.image:
-            lines = [f"picture, boxes = open_picture({data['file']!r}, upright=True), {scene.boxes.round(1).tolist()}",
-                     "encode_picture(scorer, picture, boxes"]  # fmt: skip
+            boxes = f"boxes = {scene.boxes.round(1).tolist()}"
+            lines = (
+                f"{boxes}; picture = open_picture({data['file']!r}, upright=True)",
+                "encode_picture(scorer, picture, boxes",
+            )
         return f"""from bsap_utils import *; from bsap_utils.explore import SimpleNamespace, encode_picture, torch
-whole, scorer = load_refer({root}, {data['dataset']!r}), load_scorer({data['models']}, {data['pretrained']})
+whole, scorer = load_refer({data["root"]!r}, {data["dataset"]!r}), load_scorer({data["models"]}, {data["pretrained"]})
 {lines[0]}
 image, rows = {lines[1]}, {self.visual_prompts}), torch.arange({int(scene.rows[0])}, {int(scene.rows[-1]) + 1})
-s, a = [scorer.logits(image, scorer.encode_texts(texts, {setting.template!r})) for texts in ([{setting.text!r}], {bank})]
-s, pairs = s[rows, 0], SimpleNamespace(expression=0 * rows, candidate=rows); print(1 + int(({table.at[setting.method, 'formula']}).argmax()))"""
+s, a = [scorer.logits(image, scorer.encode_texts(x, {setting.template!r})) for x in ([{setting.text!r}], {bank})]
+s, pairs = s[rows, 0], SimpleNamespace(expression=0 * rows, candidate=rows); print(1 + int(({formula}).argmax()))"""
 
 
 def show(explorer: Explorer, setting: Setting, number: int = 1, **data: Any) -> None:
@@ -225,30 +214,33 @@ def controls(explorer: Explorer, start: Setting, number: int, data: dict[str, An
     """
 
     def make(kind: Any, name: str, tip: str, **traits: Any) -> Any:
-        return kind(description=name, tooltip=tip, style={"description_width": "95px"}, layout={"width": "98%"}, **traits)
+        return kind(
+            description=name, tooltip=tip, style={"description_width": "95px"}, layout={"width": "98%"}, **traits
+        )
 
-    names = [(plotting.label(name), name) for name in SHOWN]
     w = SimpleNamespace(
         source=ui.ToggleButtons(options=["a scene of the data set", "a picture of my own"], style={"button_width": "180px"}),
         scene=make(ui.IntSlider, "Scene", "Which picture", min=1, max=len(explorer.ds.images), value=number),
         known=make(ui.Dropdown, "Known texts", "What the data set says of it; a choice fills the field below"),
+        win=ui.Button(description="Next win"), loss=ui.Button(description="Next loss"), random=ui.Button(description="Random"),
+        upload=ui.FileUpload(description="Choose a picture", accept="image/*", layout={"width": "180px"}),
+        find=ui.Button(description="Find candidates"),
+        boxes=BBoxWidget(classes=["box"], hide_buttons=True, layout={"display": "none"}),
         text=make(ui.Text, "Expression", "What is looked for", value=start.text),
         template=make(ui.Text, "Template", "What stands around all texts; {} is their place", value=start.template),
         bank=make(ui.Combobox, "Bank", "A name, or prompts with commas between them", value=start.bank, options=BANKS),
-        method=make(ui.Dropdown, "In focus", "The method that is drawn", options=names, value=start.method),
+        method=make(ui.Dropdown, "In focus", "The method that is drawn", value=start.method,
+                    options=[(plotting.label(name), name) for name in SHOWN]),
         temperature=make(ui.FloatLogSlider, "Temperature", "Low: the largest logit counts; high: the mean", step=0.05,
                          value=start.temperature, min=-1, max=3, readout_format=".3g"),
         weight=make(ui.FloatSlider, "Weight", "Of the bias that BSAP takes off", value=start.weight, max=1.5, step=0.01),
-        win=ui.Button(description="Next win"), loss=ui.Button(description="Next loss"), random=ui.Button(description="Random"),
-        upload=ui.FileUpload(description="Choose a picture", accept="image/*"),
-        find=ui.Button(description="Find candidates"), boxes=BBoxWidget(classes=["candidate"], hide_buttons=True),
         code=make(ui.Textarea, "As Python", "Copy these six lines: they repeat what is shown", rows=7),
         mark=ui.HTML(), table=ui.HTML(), message=ui.HTML(), picture=ui.HTML(), total=ui.HTML(),
     )  # fmt: skip
     state = SimpleNamespace(busy=False, row=-1, image=None, scene=explorer.scene(number))
     of_scene = ui.VBox([w.scene, w.known, ui.HBox([w.win, w.loss, w.random])])
     of_own = ui.VBox([ui.HBox([w.upload, w.find]), w.boxes])
-    asked = [w.text, w.template, w.bank, w.method, w.temperature, w.weight]
+    asked = [getattr(w, name) for name in Setting._fields]
 
     def own_scene(changed: Any) -> Scene:
         if not w.upload.value:
@@ -256,16 +248,17 @@ def controls(explorer: Explorer, start: Setting, number: int, data: dict[str, An
         if changed is w.upload:
             state.image, w.boxes.bboxes = open_picture(bytes(w.upload.value[0]["content"]), upright=True), []
             state.image.save(stream := io.BytesIO(), "jpeg", quality=85)
-            w.boxes.image_bytes = stream.getvalue()
+            w.boxes.image_bytes, w.boxes.layout.display = stream.getvalue(), ""
         if changed is w.find:
-            from .segmenters import felzenszwalb  # here, since scikit-image takes a second to import
+            from .segmenters import coco, felzenszwalb  # here, since scikit-image takes a second to import
 
-            masks, _ = felzenszwalb(state.image, top_k=15)
-            found = coco.toBbox(masks) if masks else np.array([[0, 0, *state.image.size]])
-            w.boxes.bboxes = [dict(zip(BOX, box, strict=True)) | {"label": "candidate"} for box in found.tolist()]
-        if not w.boxes.bboxes:
+            masks = felzenszwalb(state.image, top_k=15)[0]
+            found = coco.toBbox(masks).tolist() if masks else [[0, 0, *state.image.size]]
+            w.boxes.bboxes = [dict(zip(BOX, box, strict=True)) | {"label": "box"} for box in found]
+        boxes = [[box[side] for side in BOX] for box in w.boxes.bboxes if min(box["width"], box["height"]) >= 2]
+        if not boxes:
             raise ValueError("Draw boxes on the picture with the mouse, or press Find candidates.")
-        return explorer.own_scene(state.image, [[box[side] for side in BOX] for box in w.boxes.bboxes])
+        return explorer.own_scene(state.image, boxes)
 
     def go_on(changed: Any, setting: Setting) -> None:
         """Take the next expression where only the method in focus is right, only CLIP is, or any."""
@@ -276,8 +269,7 @@ def controls(explorer: Explorer, start: Setting, number: int, data: dict[str, An
         after = [row for row in wanted if row > state.row] or wanted
         state.row = int(np.random.default_rng().choice(wanted)) if changed is w.random else after[0]
         found = explorer.ds.expressions.iloc[state.row]
-        w.scene.value = explorer.ds.images.index.get_loc(found["image_id"]) + 1
-        w.text.value = found["text"]
+        w.scene.value, w.text.value = explorer.ds.images.index.get_loc(found["image_id"]) + 1, found["text"]
 
     def update(changed: Any) -> None:
         own = w.source.index == 1
@@ -286,23 +278,23 @@ def controls(explorer: Explorer, start: Setting, number: int, data: dict[str, An
             go_on(changed, Setting(*(widget.value for widget in asked)))
         if changed not in asked:
             state.scene = own_scene(changed) if own else explorer.scene(w.scene.value)
-        if changed in (w.scene, w.source) and not own:
-            w.text.value = state.scene.expressions["text"].iloc[0]
-        if changed is w.known and w.known.value:
-            w.text.value = w.known.value
         texts = state.scene.expressions["text"].tolist()
+        if changed is w.known or changed in (w.scene, w.source) and not own:
+            w.text.value = w.known.value if changed is w.known else texts[0]
         w.known.options, w.known.value = texts, w.text.value if w.text.value in texts else None
         setting = Setting(*(widget.value for widget in asked))
         if not setting.text.strip():
             raise ValueError("Type an expression, such as: red star.")
         table = explorer.table(state.scene, setting)
         png = base64.b64encode(explorer.draw(state.scene, setting, table)).decode()
-        words = html.escape(", ".join(f"{plotting.label(n)} picks {table.at[n, 'pick']}" for n in ("clip", setting.method)))
-        w.picture.value = f'<img style="width: 100%; opacity: 1" alt="{words}" src="data:image/png;base64,{png}">'
-        w.message.value = f'<div role="status">{UNSEEN}</div>' if own and "clip-refshapes" in str(data["models"]) else ""
+        picks = ", ".join(f"{plotting.label(name)} picks {table.at[name, 'pick']}" for name in ("clip", setting.method))
+        w.picture.value = f'<img style="width: 100%; opacity: 1" alt="{picks}" src="data:image/png;base64,{png}">'
+        w.message.value = (
+            f'<div role="status">{UNSEEN}</div>' if own and "clip-refshapes" in str(data["models"]) else ""
+        )
         w.table.value = plotting.show_table(table.drop(columns="formula"), 2).to_html()
-        w.code.value = explorer.code(state.scene, setting, table, data | {"file": w.upload.value[0]["name"] if own else ""})
-        weight = explorer.calibrated(setting)
+        names, weight = data | {"file": w.upload.value[0]["name"] if own else ""}, explorer.calibrated(setting)
+        w.code.value = explorer.code(state.scene, setting, table.at[setting.method, "formula"], names)
         w.mark.value = MARK.format(100 * weight / w.weight.max, weight) if weight == weight else ""
         mine, clip = (100 * explorer.right(name, setting).double().mean() for name in (setting.method, "clip"))
         w.total.value = f"This setting on all scenes: <b>{mine:.1f} %</b> right (CLIP {clip:.1f} %)."
@@ -326,5 +318,6 @@ def controls(explorer: Explorer, start: Setting, number: int, data: dict[str, An
     for button in (w.win, w.loss, w.random, w.find):
         button.on_click(on_change)
     left = ui.VBox([of_scene, of_own, *asked, w.mark], layout={"width": "58%"})
-    w.page = ui.VBox([w.source, ui.HBox([left, w.table]), w.message, w.picture, w.total, w.code], layout={"max_width": "940px"})
+    parts = [w.source, ui.HBox([left, w.table]), w.message, w.picture, w.total, w.code]
+    w.page = ui.VBox(parts, layout={"max_width": "940px"})
     return w
