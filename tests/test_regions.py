@@ -684,3 +684,29 @@ def test_real_photographs(real_photos, photos):
         best = pairs.frame().groupby("expression")["iou"].max()
         assert (best == 1).all() and len(best) == len(ds.expressions)
     assert len(from_boxes(load_refer(photos), photos / "refcoco_dets_dict.json")) == 17
+
+
+def test_the_same_picks_from_a_table_of_ones_own(real_photos, scorer, tmp_path):
+    """A REC run on photographs, from the UNC layout and from a CSV with detections keyed by file name."""
+    unc = load_refer(real_photos, "refcoco")
+    rows = unc.expressions.join(unc.annotations[XYWH], on="ann_id").join(unc.images["file_name"], on="image_id")
+    (tmp_path / "mine").mkdir()
+    rows[["file_name", *XYWH, "text", "split"]].to_csv(tmp_path / "mine/expressions.csv", index=False)
+    own = load_refer(tmp_path, "mine", image_root=unc.image_root)
+    boxes = ground_truth(unc).join(unc.images["file_name"], on="image_id").groupby("file_name")
+    detections = {name: frame[XYWH].to_numpy().tolist() for name, frame in boxes}
+    (tmp_path / "mine_dets_dict.json").write_text(json.dumps(detections))
+    picks = []
+    for ds in (unc, own):
+        candidates = from_boxes(ds, tmp_path / "mine_dets_dict.json")
+        pairs = pair_up(ds, candidates)
+        text = scorer.encode_texts(ds.expressions["text"].tolist())
+        scores = scorer.pair_logits(scorer.encode_regions(ds, candidates), text, pairs)
+        table = pairs.frame().assign(score=scores.numpy())
+        best = table.loc[table.groupby("expression")["score"].idxmax()]
+        named = candidates.join(ds.images["file_name"], on="image_id").iloc[best["candidate"]]
+        picks.append(
+            named[["file_name", *XYWH]].assign(text=ds.expressions["text"].to_numpy(), iou=best["iou"].to_numpy())
+        )
+    pd.testing.assert_frame_equal(*(one.reset_index(drop=True) for one in picks))
+    assert len(picks[0]) == 47
