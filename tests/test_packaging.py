@@ -23,7 +23,7 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch", "open_clip_torch": "open-clip-torch", "ray": "ray-data"}
-ONLY_ON_PIP = {"playwright>=1.45"}
+ONLY_ON_PIP = {"playwright>=1.45", "jupyter-bbox-widget>=0.7"}
 OWNER_REQUIRES = {"jupyterlab", "torch", "open_clip_torch", "pandas", "seaborn", "pycocotools", "papermill"}
 
 
@@ -47,7 +47,7 @@ def test_environment_yml_has_the_packages_of_pyproject():
 
 
 def test_constraints_are_exact_and_complete():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     pinned = {}
     for line in lines:
         assert re.fullmatch(r"[A-Za-z0-9_.\-]+==[A-Za-z0-9_.\-]+", line), (
@@ -64,15 +64,17 @@ def test_pip_install_brings_the_command_and_all_that_the_package_imports():
     (command,) = (e for e in metadata.entry_points(group="console_scripts") if e.name == "bsap")
     assert PROJECT["scripts"] == {"bsap": command.value} and command.load() is cli.app
     extras = PROJECT["optional-dependencies"]
-    ours = {Requirement(r).name.lower() for r in PROJECT["dependencies"] + extras["sam"] + extras["scale"]}
+    ours = {
+        Requirement(r).name.lower() for r in PROJECT["dependencies"] + extras["sam"] + extras["scale"] + extras["parse"]
+    }
     others = {
         "jupyter_client": "papermill's",
         "nbformat": "nbconvert's",
         "IPython": "ipywidgets'",
-        "spacy": "only where the user has it, with one of its models",
     }
     homes = {
         "PIL": "pillow",
+        "jupyter_bbox_widget": "jupyter-bbox-widget",
         "skimage": "scikit-image",
         "yaml": "pyyaml",
         "open_clip": "open_clip_torch",
@@ -113,15 +115,13 @@ def test_the_dev_container_sets_up_as_everyone_does():
     folder = ROOT / ".devcontainer"
     container = json.loads((folder / "devcontainer.json").read_text())
     image = (folder / container["build"]["dockerfile"]).read_text()
-    (python,) = re.findall(r"^FROM python:([0-9.]+)$", image, re.MULTILINE)
+    (python,) = re.findall(r"^FROM python:(3\.[0-9]+)\.[0-9]+-bookworm$", image, re.MULTILINE)  # a tag that stays
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert python in PYTHONS and f"python={python}" in environment
     assert container["remoteUser"] in image and "USER root" not in image  # JupyterLab refuses to run as root
     goal, doctor = container["postCreateCommand"].split(" && ")
     assert make(*goal.split()[1:]) is not None and goal.split()[0] == "make"
-    assert doctor.split()[0] == ".venv/bin/bsap" and doctor.split()[1] in {
-        c.callback.__name__ for c in cli.app.registered_commands
-    }
+    assert doctor.split()[0] == ".venv/bin/bsap" and doctor.split()[1] in cli.app.commands
     (port,) = container["forwardPorts"]
     assert port == 8888 and str(port) in container["portsAttributes"]  # JupyterLab's own, which `make lab` leaves
 
@@ -143,6 +143,11 @@ def test_the_workflow_runs_what_the_readme_says():
                 make(*goals.split())
     uploads = [step["with"]["path"].split() for step in STEPS["notebook"] if "upload-artifact" in step.get("uses", "")]
     assert uploads == [["runs", "figures/by-hand"]]
+
+
+def test_actions_are_named_by_commit():
+    used = [step["uses"] for steps in STEPS.values() for step in steps if "uses" in step]
+    assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", one) for one in used)
 
 
 def test_what_is_typed_into_the_workflow_is_never_run(tmp_path):
