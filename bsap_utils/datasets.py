@@ -47,9 +47,8 @@ def reading(name: Any, wanted: str) -> Iterator[None]:
 def open_picture(source: Path | str | bytes | BinaryIO | Image.Image, upright: bool = False) -> Image.Image:
     """Return a picture, from a file or its bytes, in RGB and without metadata; of an animation the first frame.
 
-    Pixels of 16 bits are scaled to 8 by 65,535; of 32 bits and floats by the smallest of 1, 255, 65,535 and 2³² that
-    holds them all. `upright` turns it by its EXIF orientation: not where boxes are in raw pixels, as COCO's are.
-    Raises DatasetError for what is no regular file, no picture of FORMATS, damaged, or of more than MAX_PIXELS.
+    16 bits are scaled to 8 by 65,535, 32 bits and floats by the smallest of 1, 255, 65,535 and 2³² that holds them all.
+    `upright` turns it by its EXIF orientation: not where boxes are in raw pixels, as COCO's. DatasetError for all else.
     """
     name = source if isinstance(source, (Path, str)) else "The picture"
     with reading(name, f"a whole picture of a format among {', '.join(FORMATS)}"):
@@ -75,13 +74,9 @@ class ReferDataset:
 
     images       index image_id: file_name, width, height (pixels)
     annotations  index ann_id: image_id, category ("" if unknown), x, y, w, h (pixels, inside the image), area, iscrowd,
-                 segmentation (polygons, RLE or a matrix; None if unknown). All objects of an image, crowds included.
+                 segmentation (polygons or RLE; None if unknown). All objects of an image, crowds included.
     expressions  index sent_id: ref_id, ann_id (the target), image_id, split, text
     counts       what was clipped or left out in the whole data set, in words
-
-    >>> ds = load_refer("data/refshapes", "refshapes")
-    >>> ds.splits, ds.categories[:2], ds.load_image(1).size
-    (['test', 'train', 'val'], ['apple', 'bell'], (320, 240))
     """
 
     name: str
@@ -103,10 +98,7 @@ class ReferDataset:
         return sorted(self.expressions["split"].unique())
 
     def select(self, split: str | Sequence[str] | None = None, limit: int | None = None) -> ReferDataset:
-        """Return the expressions of one or several splits (None: all), their images, and all annotations of these.
-
-        `limit` takes the first that many images of each (0: all). DatasetError for an unknown split, a negative limit.
-        """
+        """Return one or several splits (None: all) with their images, and of each the first `limit` images (0: all)."""
         if not isinstance(split, str | None):  # refcocog's splits share images
             parts, names = [self.select(one, limit) for one in split], ("images", "annotations", "expressions")
             joint = {name: pd.concat([getattr(part, name) for part in parts]) for name in names}
@@ -128,10 +120,11 @@ class ReferDataset:
 
     def load_image(self, image_id: int) -> Image.Image:
         """Return one image in RGB. Raises DatasetError when it is missing, damaged or not of the size annotated."""
-        image, size = open_picture(self.image_path(image_id)), self.images.loc[image_id, ["width", "height"]].tolist()
-        if list(image.size) != size:
-            found = f"has {image.size} pixels, not {size} as annotated"
-            raise DatasetError(f"{self.image_path(image_id)}: {found}. Put the right picture there.")
+        path, size = self.image_path(image_id), self.images.loc[image_id, ["width", "height"]].tolist()
+        if list((image := open_picture(path)).size) != size:
+            raise DatasetError(
+                f"{path}: has {image.size} pixels, not {size} as annotated. Put the right picture there."
+            )
         return image
 
     def missing_images(self) -> list[str]:
@@ -142,14 +135,13 @@ class ReferDataset:
 def load_refer(
     root: str | Path, dataset: str = "refcoco", split_by: str | None = None, image_root: str | Path | None = None
 ) -> ReferDataset:
-    """Read the data set in the folder `root/dataset`: the first of these that is there.
+    """Read the data set in the folder `root/dataset`: the first of these that is there (data/README.md shows each).
 
     - `refs(<split_by>).p` and `instances.json`, the UNC layout; `split_by` is "umd" for refcocog, "unc" for all others
     - `expressions.csv`: file_name, x, y, w, h, text and perhaps split, category, segmentation, width, height
     - `<dataset>_<split>.json`: a list of img_id, sents, bbox, width, height
 
-    An `instances.json` beside a table gives its boxes their masks and neighbours. Pictures lie in `image_root`, else in
-    `root/dataset/images` or `root/images/mscoco/images/train2014`. Boxes that leave their image are clipped, boxes
+    An `instances.json` beside a table gives its boxes masks and neighbours. Boxes that leave their image are clipped, those
     without area and expressions of white space left out, each counted; all else that is wrong raises DatasetError.
     """
     folder, split_by = Path(root) / dataset, split_by or ("umd" if dataset == "refcocog" else "unc")
@@ -198,7 +190,7 @@ def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_ro
     pixels = images["width"].clip(0).astype(float) * images["height"].clip(0)
     refuse((pixels < 1) | (pixels > MAX_PIXELS), f"{path}: images", f"the size is not 1 to {MAX_PIXELS:,} pixels")
     images = images.set_index("id").rename_axis("image_id")[["file_name", "width", "height"]]
-    images = images.astype({"width": np.int64, "height": np.int64})
+    images = images.astype(dict.fromkeys(["width", "height"], np.int64))
     row = images.index.get_indexer(annotations["image_id"])
     refuse(row < 0, f"{path}: annotations", "'image_id' is not among the images")
     sizes = images[["width", "height"]].to_numpy()[row]
@@ -251,10 +243,7 @@ def _read_lists(paths: list[Path], dataset: str) -> pd.DataFrame:
 
 
 def _boxes_of(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the images and the de-duplicated boxes of a table, in the form of `_read_instances`.
-
-    An image's id is the number at the end of its name, as COCO has it, where all names have one of their own.
-    """
+    """Return the images and the de-duplicated boxes of a table; ids are the numbers of COCO's names where all have one."""
     images, boxes = table.drop_duplicates("file_name"), table.drop_duplicates(["file_name", *XYWH])
     numbers = images["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0]
     by_name = numbers.notna().all() and numbers.astype(np.int64).is_unique
@@ -276,12 +265,10 @@ def _find_targets(table: pd.DataFrame, path: Path, images: pd.DataFrame, boxes: 
 
 
 def clean_mask(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
-    """Return a segmentation as RLE or polygons of three points or more, None if there are none, and how many had less.
-
-    Rows of true and false, or of 0 and 1, of the picture's size are a mask written out, and become RLE.
-    """
+    """Return a segmentation as RLE or polygons of three points or more (None: there are none), and how many had less."""
     if not isinstance(segmentation, list):
         return segmentation or None, 0
+    # rows of true and false, or 0 and 1, of the picture's size are a mask written out
     widths = [len(row) if isinstance(row, list) else -1 for row in segmentation]
     if widths == [width] * height and np.isin(segmentation, [0, 1]).all():
         return coco.encode(np.asfortranarray(segmentation, dtype=np.uint8)), 0
@@ -301,10 +288,7 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
-    """Return keys of a list of records as columns: int, float, str, object (may lack), or XYWH (a box: four columns).
-
-    Raises DatasetError for a missing key, another kind of value, an integer of over 64 bits, text that is not Unicode.
-    """
+    """Return keys of a list of records as columns: int, float, str, object (may lack), or XYWH (a box: four columns)."""
     columns: dict[str, Any] = {}
     wanted = ", ".join(f"{key} [x, y, w, h]" if kind is XYWH else key for key, kind in kinds.items())
     for key, kind in kinds.items():
@@ -367,10 +351,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_file(path: str | Path, content: bytes | Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all: `content`, or what a function writes to the temporary path that it is given.
-
-    That path has the suffix of `path` and the process in its name. DatasetError where a link or folder has the name.
-    """
+    """Write `content`, or what it writes to the temporary path it is given, whole or not at all; never through a link."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise DatasetError(f"{path}: is a link or no regular file, and stays as it is. Choose another name.")

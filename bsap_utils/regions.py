@@ -1,8 +1,8 @@
 """Candidate regions, and the table of pairs that everything later stands on.
 
-A frame of candidates has one row a candidate, the rows of an image together in the order of `ds.images`, and columns
-image_id, x, y, w, h (pixels) and, where known, ann_id, score, segmentation (a mask in every row). Every image has at
-least one. What was clipped, left out or added is in `frame.attrs["counts"]`, in words.
+A frame of candidates has one row a candidate, in the order of `ds.images`, each of which has at least one: image_id, x, y,
+w, h (pixels) and, where known, ann_id, score, segmentation (a mask in every row). What was clipped, left out or added is in
+`frame.attrs["counts"]`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ MAX_OUTLINE = 2_000_000  # pixels along the polygons of a mask: pycocotools take
 
 
 def ground_truth(ds: ReferDataset) -> pd.DataFrame:
-    """Return every annotation that is no crowd as a candidate, with its ann_id and, unless all are unknown, its mask.
-
-    An image with none gets the whole image, ann_id -1.
-    """
+    """Return every annotation that is no crowd, with ann_id (-1: a whole image) and, unless all are unknown, its mask."""
     crowd = ds.annotations["iscrowd"] != 0
     frame = ds.annotations[~crowd].reset_index(names="ann_id")[["image_id", *XYWH, "ann_id", "segmentation"]]
     targets = int(ds.expressions["ann_id"].isin(ds.annotations.index[crowd]).sum())
@@ -47,14 +44,11 @@ def whole_images(ds: ReferDataset) -> pd.DataFrame:
 def from_boxes(
     ds: ReferDataset, path: str | Path, score_threshold: float | None = None, top_k: int | None = None
 ) -> pd.DataFrame:
-    """Return the boxes of a detector as candidates.
+    """Return the boxes of a detector as candidates: clipped to their image, left out where nothing remains.
 
     `path` is a JSON file: {image id: [[x, y, w, h], …]} in pixels, as ReCLIP has it (Subramanian et al., ACL 2022), or
-    COCO results, [{image_id, bbox, score}, …], perhaps with segmentation; an image may be named by its file name.
-    `score_threshold` keeps scores at or above it, `top_k` then the best of each image (of equals the first).
-
-    Boxes are clipped to their image and left out where nothing remains; those of other images are ignored; an image
-    without a box gets the whole image. DatasetError for a wrong file, or boxes of another form (`check_boxes`).
+    COCO results, [{image_id, bbox, score}, …]; an image may be named by its file name. `score_threshold` keeps scores at
+    or above it, `top_k` the best of each image. DatasetError for a wrong file, or boxes of another form (`check_boxes`).
     """
     frame, counts = _read_results(ds, path, XYWH, bool(score_threshold or top_k))
     check_boxes(ds, frame, path)
@@ -69,14 +63,11 @@ def from_boxes(
 
 def from_masks(ds: ReferDataset, path: str | Path, top_k: int | None = None, min_area: int | None = None,
                nms_iou: float | None = None) -> pd.DataFrame:  # fmt: skip
-    """Return the masks of a segmenter as candidates, each with the tight box of its mask.
+    """Return the masks of a segmenter as candidates, compressed RLE, each with its tight box; empty ones are left out.
 
-    `path` is a JSON file of COCO results, [{image_id, segmentation, score}, …]; a segmentation is what `to_rle` takes,
-    or null beside a bbox, which then is the mask. `min_area` keeps masks of at least that many pixels, `nms_iou` those
-    that `suppress` keeps, `top_k` then the best of each image. The column segmentation holds compressed RLE.
-
-    Empty masks and those of other images are left out, an image without a mask gets the whole image. Raises
-    DatasetError for a wrong file.
+    `path` is a JSON file of COCO results, [{image_id, segmentation, score}, …]; a segmentation is what `to_rle` takes, or
+    null beside a bbox, which then is the mask. `min_area` keeps masks of at least that many pixels, `nms_iou` those that
+    `suppress` keeps, `top_k` then the best of each image. DatasetError for a wrong file.
     """
     frame, counts = _read_results(ds, path, object, bool(nms_iou or top_k))
     rles = []
@@ -87,10 +78,8 @@ def from_masks(ds: ReferDataset, path: str | Path, top_k: int | None = None, min
             rles.append(to_rle(known, height, width) if known else _box_rle(box, height, width))
     frame[XYWH] = np.reshape(coco.toBbox(rles) if rles else [], (-1, 4))
     frame["segmentation"], area = pd.Series(rles, dtype=object, index=frame.index), mask_areas(rles)
-    counts["empty masks left out"] = int((area == 0).sum())
-    if min_area:
-        counts[f"masks of less than {min_area} pixels left out"] = int(((area > 0) & (area < min_area)).sum())
-    frame = frame[area >= max(min_area or 1, 1)]
+    least = min_area or 1
+    frame, counts[f"masks of less than {least} pixels left out"] = frame[area >= least], int((area < least).sum())
     if nms_iou:
         masks = frame.sort_values("score", ascending=False, kind="stable").groupby("image_id")["segmentation"]
         kept = masks.transform(lambda masks: suppress(masks.tolist(), nms_iou)).astype(bool).reindex(frame.index)
@@ -138,16 +127,9 @@ class Pairs:
 
 
 def pair_up(ds: ReferDataset, candidates: pd.DataFrame, masks: bool = False) -> Pairs:
-    """Return the pairs of every expression and every candidate of its image, with the IoU of candidate and target.
+    """Return all pairs of an expression and a candidate of its image, with the IoU (of masks with `masks`) to the target.
 
-    The IoU is of boxes or, with `masks`, of masks. Raises DatasetError for an image with expressions but no candidate
-    and, with `masks`, for candidates without masks and targets whose mask is unknown.
-
-    >>> from bsap_utils.datasets import load_refer
-    >>> val = load_refer("data/refshapes", "refshapes").select(split="val")
-    >>> pairs = pair_up(val, ground_truth(val))
-    >>> len(val.expressions), int((pairs.iou == 1).sum())
-    (960, 960)
+    Raises DatasetError for an image with expressions but no candidate, masks that are not there, targets of unknown mask.
     """
     truth = ds.annotations.loc[ds.expressions["ann_id"]]
     expression, candidate = _same_image(truth, candidates)
@@ -168,10 +150,7 @@ def _same_image(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np
 
 
 def _mask_overlaps(ds: ReferDataset, truth: pd.DataFrame, candidates: pd.DataFrame, left: Any, right: Any) -> tuple:
-    """Return IoU [P] and intersection and union in pixels [P] of rows `left` of truth with `right` of candidates.
-
-    COCO's RLE gives the IoU of an image's masks, each distinct pair once, without decoding; an empty mask has IoU 0.
-    """
+    """Return IoU [P], intersection and union in pixels [P] of rows `left` of truth with `right` of candidates, from RLE."""
     if "segmentation" not in candidates:
         raise DatasetError("The candidates are boxes, but RIS needs masks: use ground_truth or from_masks.")
     if unknown := int(truth.loc[~truth.index.duplicated(), "segmentation"].isna().sum()):
@@ -193,7 +172,7 @@ def _mask_overlaps(ds: ReferDataset, truth: pd.DataFrame, candidates: pd.DataFra
 
 @np.errstate(over="ignore", invalid="ignore")
 def check_boxes(ds: ReferDataset, boxes: pd.DataFrame, source: str | Path) -> None:
-    """Raise DatasetError where `boxes`, as they stand in a file, seem not to be [x, y, w, h] in pixels of ds's pictures.
+    """Raise DatasetError where boxes, as they stand in a file, seem not to be [x, y, w, h] in pixels of ds's pictures.
 
     That is: all numbers are at most 1, over 20 % of the boxes leave their picture by a pixel or have no area, or fewer
     than 20 % of ten or more targets have a box with IoU > 0.5. The message says which reading would fit them.
@@ -222,11 +201,7 @@ def check_boxes(ds: ReferDataset, boxes: pd.DataFrame, source: str | Path) -> No
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return intersection over union of boxes `a` and `b` [..., 4] (xywh), row by row: [...]; 0 where none has an area.
-
-    >>> box_iou(np.array([[0, 0, 10, 10], [0, 0, 1, 1]]), np.array([[5, 0, 10, 10], [2, 2, 1, 1]])).round(3)
-    array([0.333, 0.   ])
-    """
+    """Return intersection over union of boxes `a` and `b` [..., 4] (xywh), row by row: [...]; 0 where none has an area."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     far = np.minimum(a[..., :2] + a[..., 2:], b[..., :2] + b[..., 2:])
     intersection = np.clip(far - np.maximum(a[..., :2], b[..., :2]), 0, None).prod(-1)
@@ -235,10 +210,9 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict:
-    """Return COCO's compressed RLE of a mask: of polygons, RLE of either kind, or rows of true and false or 0 and 1.
+    """Return COCO's compressed RLE of polygons, RLE of either kind, or rows of true and false or 0 and 1.
 
-    Raises ValueError, TypeError or KeyError for all else: another size, runs that do not fill the image, no polygon of
-    three points; those who know the file make a DatasetError of it.
+    Raises ValueError, TypeError or KeyError for all else, of which those who know the file make a DatasetError.
     """
     mask = datasets.clean_mask(segmentation, height, width)[0]
     if isinstance(mask, dict):
@@ -282,8 +256,7 @@ def suppress(masks: Sequence[dict], threshold: float) -> np.ndarray:
 def _runs(counts: str) -> np.ndarray:
     """Return the runs of compressed RLE; pycocotools would read on behind the end of damaged ones.
 
-    Five bits a character, low ones first; 32: more follow; 16 in the last: negative; the fourth and later numbers are
-    differences to the number two before.
+    Five bits a character, low first; 32: more follow; 16 in the last: negative; from the fourth on differences to two before.
     """
     code = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
     end = np.flatnonzero((code & 32) == 0)

@@ -36,7 +36,7 @@ from bsap_utils.regions import (
 HEIGHT, WIDTH = 30, 40
 OUTSIDE = "entries of images outside the data set ignored"
 WHOLE = "images without a candidate, given the whole image as one"
-EMPTY = "empty masks left out"
+EMPTY = "masks of less than 1 pixels left out"
 
 
 def rectangle(x, y, w, h):

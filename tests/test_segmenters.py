@@ -93,7 +93,7 @@ def test_write_masks_is_read_back_by_from_masks(sample, tmp_path):
     frame = from_masks(val, path)
     assert seen == [(320, 240)] * 2 and frame["score"].tolist() == [0.5, 0.1235] * 2
     assert frame["segmentation"].tolist() == masks[1:] * 2
-    assert frame.attrs["counts"]["empty masks left out"] == 2
+    assert frame.attrs["counts"]["masks of less than 1 pixels left out"] == 2
     assert [p.name for p in path.parent.iterdir()] == ["masks.json"]
 
 
