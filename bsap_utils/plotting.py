@@ -280,8 +280,8 @@ def outline(
 
     The label stays inside the picture, so that no caption is covered, and off all boxes and labels if there is room.
     """
-    for width, edge in ((2.4, "black"), (1.3, colour)) if dashed else ((3.0, "white"), (1.8, colour)):
-        line: Any = (0, (3, 2)) if dashed and edge == colour else "-"
+    for width, edge in ((2.8, "black"), (1.4, colour)) if dashed else ((3.0, "white"), (1.8, colour)):
+        line: Any = (0, (7 / width, 6 / width)) if dashed else "-"  # in units of the width; a pick shows in the gaps
         if mask is None:
             patch = Rectangle((box[0], box[1]), *box[2:], fill=False, edgecolor=edge, linewidth=width, linestyle=line)
             axis.add_patch(patch)
