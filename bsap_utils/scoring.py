@@ -39,7 +39,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from . import ROOT, visual_prompts
-from .datasets import XYWH, DatasetError, ReferDataset, open_picture, write_file
+from .datasets import XYWH, DatasetError, ReferDataset, open_picture, read_bytes, write_file
 from .global_local import encode_masked, has_patch_tokens
 from .regions import Pairs, decode_masks
 from .visual_prompts import MASK_PROMPTS, VISUAL_PROMPTS, check_prompts, patch_masks, show_regions, squash
@@ -48,8 +48,7 @@ TEMPLATE = "a photo of {}"  # ReCLIP's text: "a photo of " + the expression in l
 SAMPLE_MODEL = "local-dir:data/clip-refshapes"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "pure_bf16": torch.bfloat16, "pure_fp16": torch.float16}  # fmt: skip
-NETWORK = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy", "all_proxy",
-           "SSL_CERT_FILE", "SSL_CERT_DIR")  # fmt: skip
+NETWORK = re.compile(r"HF_ENDPOINT|(HTTPS?|ALL)_PROXY|SSL_CERT_(FILE|DIR)", re.IGNORECASE)
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 SHARD = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.\d+\.part)?\.safetensors")  # with a part's name of `write_file`
 ARCHIVE = """it is a TorchScript archive, the form of OpenAI's own files, which holds code and is not opened. Use \
@@ -64,17 +63,12 @@ class ModelError(RuntimeError):
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU. Raises ModelError.
-
-    >>> pick_device("cpu")
-    device(type='cpu')
-    """
+    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU. Raises ModelError."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    there = [kind for kind, count in counts.items() if count]
-    kind, _, number = device.partition(":")
-    if device != "auto" and not (kind in there and (number or "0").isdecimal() and int(number or 0) < counts[kind]):
+    there = [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]
+    if device != "auto" and device not in there and f"{device}:0" not in there:
         raise ModelError(f"device={device!r} is not on this machine, which has {', '.join(there)}. Use 'auto'.")
-    return torch.device(there[0] if device == "auto" else device)
+    return torch.device(there[0].removesuffix(":0") if device == "auto" else device)
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
@@ -86,16 +80,13 @@ def pick_precision(precision: str, device: torch.device) -> str:
 
 
 def hub_problem() -> str:
-    """Return why the Hugging Face hub does not answer, with the variables to look at, or "" where it does.
-
-    It is asked once, for three seconds at most: its own client would go on trying for half a minute.
-    """
+    """Return why the Hugging Face hub does not answer within 3 seconds, with the variables to look at; else ""."""
     if hub.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    try:
+    try:  # once: its own client would go on trying for half a minute
         httpx.head(hub.ENDPOINT, timeout=3)
     except Exception as error:  # also for addresses and proxies that are none, and certificates that are not there
-        names = " ".join(f"{name}={os.environ[name]}" for name in NETWORK if os.environ.get(name))
+        names = " ".join(f"{name}={value}" for name, value in os.environ.items() if NETWORK.fullmatch(name) and value)
         return f"{hub.ENDPOINT} cannot be reached ({error}{names and f'; correct or unset {names}'})"
     return ""
 
@@ -132,22 +123,20 @@ def find_weights(model: str, pretrained: str = "openai", problem: str = "") -> P
     """Return the file here that `ClipScorer(model, pretrained)` takes its weights from, looked for where open_clip does.
 
     Raises ModelError, which `problem`, why nothing can be fetched, becomes a part of.
-
-    >>> find_weights("local-dir:data/clip-refshapes").name
-    'open_clip_model.safetensors'
     """
     record, folder = _record(model, pretrained), model.partition(":")[2]
     repository, _, name = record.get("hf_hub", "").rpartition("/")
+    source, found = record.get("url", WEIGHTS[0]), [Path(pretrained)]
     if repository:
+        source = f"{name or WEIGHTS[0]} of {hub.ENDPOINT}/{repository}"
         names = (Path(name).with_suffix(".safetensors").name, name) if name else WEIGHTS
         found = [Path(str(try_to_load_from_cache(repository, one) or "")) for one in names]
     elif folder:
         found = [file for kind in ("safetensors", "bin", "pth") for file in sorted(Path(folder).glob(f"*.{kind}"))]
-    else:
-        found = [Path("~/.cache/clip", record["url"].rpartition("/")[2]).expanduser() if record else Path(pretrained)]
-    if here := next(filter(Path.is_file, found), None):
-        return here
-    source = f"{name or WEIGHTS[0]} of {hub.ENDPOINT}/{repository}" if repository else record.get("url", WEIGHTS[0])
+    elif record:
+        found = [Path("~/.cache/clip", source.rpartition("/")[2]).expanduser()]
+    for file in filter(Path.is_file, found):
+        return file
     own = (record.get("quick_gelu") and _twin(model)) or model
     use = "model='local-dir:FOLDER' with all its files" if folder else f"model={own!r}, pretrained='PATH/TO/FILE'"
     raise ModelError(f"The weights of {model} {pretrained} are not on this machine{problem and f', and {problem}'}. On one "
@@ -253,7 +242,8 @@ class Store:
             if digest(content) != path.stem[33:]:
                 raise ValueError("its bytes are not those that were written")
             tensors = safetensors.torch.load(content)
-            return [key.numpy().tobytes().hex() for key in tensors["keys"]], tensors["features"].view(-1, self.width)
+            keys = [key.numpy().tobytes().hex() for key in tensors["keys"]]
+            return keys, tensors["features"].view(len(keys), self.width)
         except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             warnings.warn(f"{path}: this part of the cache is damaged ({error}) and encoded again.", stacklevel=4)
             with contextlib.suppress(OSError):  # of a cache that cannot be written
@@ -292,11 +282,7 @@ def read_image(ds: ReferDataset, image_id: int, device: torch.device | str = "cp
 
 
 def ahead(function: Callable, groups: Iterable[Sequence]) -> Iterator[list]:
-    """Yield [function(item), …] of each group; threads are at work on the next one meanwhile.
-
-    >>> list(ahead(abs, [[-1, -2], [3]]))
-    [[1, 2], [3]]
-    """
+    """Yield [function(item), …] of each group; threads are at work on the next one meanwhile."""
     with ThreadPoolExecutor(4) as pool:
         begun = (pool.map(function, group) for group in groups)
         for results, _ in itertools.pairwise(itertools.chain(begun, [()])):
@@ -415,45 +401,41 @@ class ClipScorer:
         """
         self._check(ds, candidates, visual_prompts)
         masked = not MASK_PROMPTS.isdisjoint(visual_prompts)
-        stores = [self._store_of(name, global_weight) for name in visual_prompts]
-        keys = _region_keys(ds, candidates, masked and any(store.folder for store in stores))
+        stores = [self._store(name, weight=global_weight * (name == "global_local")) for name in visual_prompts]
+        kept = any(store.folder for store in stores)
+        keys = _region_keys(ds, candidates, masked) if kept else [[""] * len(candidates)] * 2
         keys_of = [keys[name in MASK_PROMPTS] for name in visual_prompts]
         features = torch.stack([store.find(own) for store, own in zip(stores, keys_of, strict=True)])
-        missing = features.isnan().any(-1)
-        boxes = torch.tensor(candidates[XYWH].to_numpy(np.float32))
+        missing, boxes = features.isnan().any(-1), torch.tensor(candidates[XYWH].to_numpy(np.float32))
+        groups = _groups(candidates, missing, max(256, 4 * self.batch_size))
 
         def load(job: tuple[int, Tensor]) -> tuple[Tensor, Tensor | None]:
             image = read_image(ds, job[0], self.device)
             masks = decode_masks(candidates["segmentation"].iloc[job[1].numpy()], *image.shape[1:]) if masked else None
             return image, None if masks is None else torch.from_numpy(masks).to(self.device)
 
-        views = missing.sum(0).numpy()
-        jobs = [(image_id, torch.from_numpy(rows[views[rows] > 0])) for image_id, rows
-                in candidates.groupby("image_id", sort=False).indices.items() if views[rows].any()]  # fmt: skip
-        number = np.cumsum([views[rows].sum() for _, rows in jobs]) // max(256, 4 * self.batch_size)
-        groups = [[jobs[i] for i in np.flatnonzero(number == n)] for n in np.unique(number)]
         progress = tqdm(ahead(load, groups), "Encoding", len(groups), delay=2, leave=False)
         for group, loaded in zip(groups, progress, strict=True):
-            parts = []  # prompt, rows, views, features of the whole image
-            for (_, rows), (image, masks) in zip(group, loaded, strict=True):
-                for prompt, name in enumerate(visual_prompts):
-                    if (new := missing[prompt, rows]).any():
-                        shown = masks if masks is None or new.all() else masks[new]
-                        seen = show_regions(image, boxes[rows[new]], [name], self.image_size, shown, self.interpolation)
-                        whole = self._whole(image, shown) if name == "global_local" else None
-                        parts.append((prompt, rows[new], seen[0], whole))
-            counts = [len(rows) for _, rows, *_ in parts]
-            encoded = self._encode_views([seen for *_, seen, _ in parts]).split(counts)
-            mixed = [local if part[3] is None else global_weight * part[3] + (1 - global_weight) * local
-                     for part, local in zip(parts, encoded, strict=True)]  # fmt: skip
-            found = normalize(torch.cat(mixed), dim=-1).cpu().split(counts)
-            for (prompt, rows, *_), own in zip(parts, found, strict=True):
-                features[prompt, rows] = own
-            done = torch.cat([rows for _, rows in group])
-            for own, store, has, lacked in zip(keys_of, stores, features, missing, strict=True):
-                rows = done[lacked[done]]
-                store.keep([own[row] for row in rows], has[rows])
+            for prompt, (name, store) in enumerate(zip(visual_prompts, stores, strict=True)):
+                lacks = [missing[prompt, rows] for _, rows in group]
+                done = torch.cat([rows[new] for (_, rows), new in zip(group, lacks, strict=True)])
+                seen = [(image, boxes[rows[new]], masks if masks is None or new.all() else masks[new])
+                        for (_, rows), new, (image, masks) in zip(group, lacks, loaded, strict=True) if new.any()]  # fmt: skip
+                if seen:
+                    features[prompt, done] = self._encode_seen(name, seen, global_weight)
+                    store.keep([keys_of[prompt][row] for row in done], features[prompt, done])
         return features
+
+    def _encode_seen(self, name: str, seen: list[tuple[Tensor, Tensor, Tensor | None]], global_weight: float) -> Tensor:
+        """Encode what a visual prompt shows of images, boxes and masks: [n, D]."""
+        size, kind = self.image_size, self.interpolation
+        features = self._encode_views(
+            [show_regions(image, boxes, [name], size, masks, kind)[0] for image, boxes, masks in seen]
+        )
+        if name == "global_local":
+            whole = torch.cat([self._whole(image, masks) for image, _, masks in seen if masks is not None])
+            features = global_weight * whole + (1 - global_weight) * features
+        return normalize(features, dim=-1).cpu()
 
     @torch.inference_mode()
     def _whole(self, image: Tensor, masks: Tensor) -> Tensor:
@@ -479,15 +461,14 @@ class ClipScorer:
             raise DatasetError(f"{len(absent)} of {len(ds.images)} images are not in {ds.image_root}, e.g. {absent[0]}. "
                                "Get them with `bsap data get`, or pass the right `image_root`.")  # fmt: skip
 
-    def _store(self, **about: Any) -> Store:
-        return Store({**self._identity, **about} if self.cache and cache_folder() else None, self.width)
-
-    def _store_of(self, name: str, global_weight: float) -> Store:
-        """Return where a visual prompt's features are: nowhere for a function of one's own, whose code may call others."""
-        if VISUAL_PROMPTS[name].__module__ != show_regions.__module__:
+    def _store(self, prompt: str = "", **about: Any) -> Store:
+        """Return where features are kept: nowhere those of a prompt of one's own, whose code may call others."""
+        if not (self.cache and cache_folder()) or (
+            prompt and VISUAL_PROMPTS[prompt].__module__ != show_regions.__module__
+        ):
             return Store(None, self.width)
-        code = digest(*(inspect.getsource(one) for one in (visual_prompts, encode_masked, open_picture, decode_masks)))
-        return self._store(prompt=name, code=code, weight=global_weight if name == "global_local" else None)
+        code = [inspect.getsource(one) for one in (visual_prompts, encode_masked, open_picture, decode_masks) if prompt]
+        return Store({**self._identity, "prompt": prompt, "code": digest(code), **about}, self.width)
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
@@ -521,11 +502,19 @@ class ClipScorer:
         return self.logit_scale * cosines + self.logit_bias
 
 
+def _groups(candidates: pd.DataFrame, missing: Tensor, size: int) -> list[list[tuple[int, Tensor]]]:
+    """Return the images with views that are missing [V, C], and their rows, in groups of some `size` such views."""
+    views = missing.sum(0).numpy()
+    images = candidates.groupby("image_id", sort=False).indices.items()
+    jobs = [(image_id, torch.from_numpy(rows[views[rows] > 0])) for image_id, rows in images if views[rows].any()]
+    number = np.cumsum([views[rows].sum() for _, rows in jobs]) // size
+    return [[jobs[i] for i in np.flatnonzero(number == one)] for one in np.unique(number)]
+
+
 def _region_keys(ds: ReferDataset, candidates: pd.DataFrame, masked: bool) -> list[list[str]]:
     """Return the cache's keys of all candidates, without their masks and with them."""
     ids = candidates["image_id"].unique()
-    (read,) = ahead(lambda one: digest(ds.image_path(one).read_bytes()), [ids])
-    pictures = dict(zip(ids, read, strict=True))
+    pictures = dict(zip(ids, *ahead(lambda one: digest(read_bytes(ds.image_path(one))), [ids]), strict=True))
     boxes = zip(candidates["image_id"], candidates[XYWH].to_numpy(np.float64).tolist(), strict=True)
     keys = [digest(pictures[image_id], box) for image_id, box in boxes]
     return [keys, [digest(*one) for one in zip(keys, candidates["segmentation"], strict=True)] if masked else keys]

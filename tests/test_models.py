@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import re
 import socket
 import threading
@@ -325,8 +326,8 @@ def hub(save_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    for name in scoring.NETWORK:
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if scoring.NETWORK.fullmatch(name)]:
+        monkeypatch.delenv(name)
     yield requests, folder
     server.shutdown()
 
