@@ -97,6 +97,14 @@ def test_the_weight_takes_harm_off_where_the_bank_knows_nothing(plain):
     assert calibrated_weight(case.u.mean(1), case.u.mean(1), case.image) == pytest.approx(1)
 
 
+def test_a_clip_that_has_learned_nothing_has_a_level_and_no_accuracy(plain):
+    """Its scorer is not the model's, and choices stay near those of a random one."""
+    control = pd.read_csv(plain[2] / "table_control.csv")
+    assert (control["region_share"] > 0.3).all() and set(control["bank"]) == {"categories", "expressions"}
+    assert control["accuracy"].max() < 40 < plain[0].loc[plain[0]["proposals"] == "detections", "clip_accuracy"].max()
+    assert (control["delta_ci_low"] <= control["delta_vs_clip"]).all()
+
+
 @pytest.fixture(scope="module")
 def own_data(sample, tmp_path_factory):
     """A table of one's own: eight pictures of one split, no train split, no categories."""
