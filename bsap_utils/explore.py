@@ -152,7 +152,7 @@ class Explorer:
         tag = {"boxstyle": "square,pad=0.12", "facecolor": "0.2", "edgecolor": "none"}
         for number, (x, y, w, h) in enumerate(scene.boxes, 1):
             left.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=0.8))
-            left.text(x + w, y + h, number, ha="right", va="bottom", fontsize=6, color="white", bbox=tag)
+            left.text(x + w, y + h, str(number), ha="right", va="bottom", fontsize=6, color="white", bbox=tag)
         picks = {name: table.at[name, "pick"] - 1 for name in dict.fromkeys(["clip", setting.method])}
         prompts, t, picked = self.prompts(setting.bank), setting.temperature, scene.rows[list(picks.values())]
         s, a = (self.logits(texts, setting, scene.features)[picked].double() for texts in ([setting.text], prompts))

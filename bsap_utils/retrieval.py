@@ -20,8 +20,6 @@ from torch import Tensor
 from .datasets import write_file
 from .normalization import shift_and_scale, shift_and_scale_from_features
 
-WHOLE = ("bsap_calibrated", "db_norm", "sinkhorn")  # methods whose shift depends on the whole gallery
-
 
 class IndexFileError(RuntimeError):
     """A saved index that is missing, damaged, or not what its settings say."""
@@ -60,13 +58,13 @@ class BalancedIndex:
         """Add images [N, D]; ids go on from the last. ValueError where a shift depends on the whole gallery."""
         images, own = _matrix(image_features, "image_features", self.aux_features.shape[1]), self.settings
         method, options, first = own["method"], own["options"], not self.index.ntotal
-        if method in WHOLE and not first:
+        if method in ("sinkhorn", "bsap_calibrated", "db_norm") and not first:
             raise ValueError(f"{method} depends on the whole gallery: build an index of all images anew.")
-        if method in WHOLE[:2]:
+        given = images, self.aux_features, own["logit_scale"]
+        if method in ("bsap_calibrated", "db_norm"):
             shift, scale = shift_and_scale(own["logit_scale"] * images @ self.aux_features.T, method, **options)
         else:
-            features = images, self.aux_features, own["logit_scale"]
-            shift, scale = shift_and_scale_from_features(*features, method, **options)
+            shift, scale = shift_and_scale_from_features(*given, method, **options)
         bias, sample = -shift / scale, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: 2**18]
         if first and len(bias) > 1 and bias.std() > 0:
             # a bias as spread as another coordinate coarsens the cells of IVF; a quarter is as good as less (benchmark)
@@ -94,32 +92,30 @@ class BalancedIndex:
         queries[:, : texts.shape[1]] = texts.double() * (self.settings["logit_scale"] * unit)
         rows = 2**22 // ((2 * k + 16) * self.index.d) + 1
         found = [self._nearest(queries[i : i + rows], k, 2 * k + 16) for i in range(0, max(len(texts), 1), rows)]
-        return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))  # type: ignore[return-value]
+        scores, ids = (torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
+        return scores, ids
 
     def _nearest(self, queries: np.ndarray, k: int, asked: int) -> tuple[np.ndarray, np.ndarray]:
         """FAISS adds up in float32: ask for more, multiply in float64, and ask on while its error could hide an image."""
-        flat, asked = self.settings["factory"] == "Flat", min(asked, self.index.ntotal)
-        scores, ids = rough, _ = self.index.search(queries.astype(np.float32), asked if flat else k)
-        if flat:
-            vectors = self.index.reconstruct_batch(ids.ravel()).reshape(*ids.shape, self.index.d)
+        asked = min(asked, self.index.ntotal) if self.settings["factory"] == "Flat" else k
+        rough, ids = self.index.search(queries.astype(np.float32), asked)
+        scores, centre, width = rough, self.settings["centre"], self.index.d
+        if self.settings["factory"] == "Flat":
+            vectors = self.index.reconstruct_batch(ids.ravel()).reshape(*ids.shape, width)
             scores = np.einsum("tkd,td->tk", vectors, queries)
-        scores = (scores + self.settings["centre"]).astype(np.float32)
+        scores = (scores + centre).astype(np.float32)
         order = np.lexsort((ids, -scores))[:, :k]
         scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
-        slack = (
-            (self.index.d + 4) * 2.0**-24 * self.settings["largest"] * np.linalg.norm(queries, axis=1)
-        )  # Higham 2002
-        unsure = scores[:, -1] <= rough[:, -1] + self.settings["centre"] + slack
-        for row in np.flatnonzero(unsure) if flat and asked < self.index.ntotal else ():
+        error = (width + 4) * 2.0**-24 * self.settings["largest"] * np.linalg.norm(queries, axis=1)  # Higham 2002, §3.1
+        unsure = (scores[:, -1] <= rough[:, -1] + centre + error) & (k < asked < self.index.ntotal)
+        for row in np.flatnonzero(unsure):
             scores[[row]], ids[[row]] = self._nearest(queries[[row]], k, 8 * asked)
         return scores, ids
 
     def save(self, path: Path | str) -> None:
         """Write index, bank and settings to one file, whole or not at all."""
-        content = vars(self) | {
-            "index": torch.from_numpy(faiss.serialize_index(self.index)),
-            "count": self.index.ntotal,
-        }
+        index = torch.from_numpy(faiss.serialize_index(self.index))
+        content = vars(self) | {"index": index, "count": self.index.ntotal}
         write_file(path, lambda part: torch.save(content, part))
 
     @classmethod
@@ -127,13 +123,16 @@ class BalancedIndex:
         """Return a saved index. IndexFileError where the file is missing, damaged, or not what its settings say."""
         try:
             if damaged := zipfile.ZipFile(path).testzip():
-                raise ValueError(f"{damaged} is not as it was written")
+                raise ValueError(f"its part {damaged} is not as it was written")
             content = torch.load(path, weights_only=True)
             index, aux = faiss.deserialize_index(content["index"].numpy()), _matrix(content["aux_features"], "the bank")
-            due = faiss.METRIC_INNER_PRODUCT, _layout(content["settings"]["factory"], aux.shape[1])[0], content["count"]
-            if (index.metric_type, index.d, index.ntotal) != due:
-                raise ValueError(f"its metric, dimension and count are not {due}")
-            for start in range(0, index.ntotal if content["settings"]["factory"] == "Flat" else 0, 2**16):
+            flat, width = (
+                content["settings"]["factory"] == "Flat",
+                _layout(content["settings"]["factory"], aux.shape[1])[0],
+            )
+            if (index.metric_type, index.d, index.ntotal) != (faiss.METRIC_INNER_PRODUCT, width, content["count"]):
+                raise ValueError("its metric, dimension or count is not what its settings say")
+            for start in range(0, index.ntotal if flat else 0, 2**16):
                 _matrix(index.reconstruct_n(start, min(2**16, index.ntotal - start)), "the index")
             return cls(index, aux, content["settings"])
         except Exception as error:  # a damaged file raises nearly anything

@@ -159,6 +159,7 @@ def control(page, kind, label):
 
 def changes(page, act):
     """Act, and wait until another picture is shown; how long that took."""
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
     before, start = page.locator(PICTURE).get_attribute("src"), time.perf_counter()
     act()
     try:
@@ -220,8 +221,9 @@ def test_a_picture_of_ones_own_gets_boxes_by_mouse(page, tmp_path):
     def draw(left, top, right, bottom):
         page.mouse.move(place["x"] + left, place["y"] + top)
         page.mouse.down()
-        page.mouse.move(place["x"] + (left + right) / 2, place["y"] + (top + bottom) / 2)
-        page.mouse.move(place["x"] + right, place["y"] + bottom)
+        page.wait_for_timeout(200)  # a hand is slower than a program; the widget first makes the box
+        page.mouse.move(place["x"] + right, place["y"] + bottom, steps=3)
+        page.wait_for_timeout(200)
         page.mouse.up()
 
     changes(page, lambda: draw(20, 20, 120, 110))
