@@ -109,7 +109,8 @@ def fetch(file: str, target: Path, base_url: str | None, accept: Callable[[Path]
                 if status < 500 and status not in (408, 429) or isinstance(error, UNREACHABLE):
                     hosts.remove(host)
     why = "".join(f"\n  {url}: {reason}" for url, reason in tried.items())
-    here = [f"{name}={os.environ[name]}" for name in (*NETWORK, "REQUESTS_CA_BUNDLE") if os.environ.get(name)]
+    ours = [name for name in os.environ if NETWORK.fullmatch(name) or name == "REQUESTS_CA_BUNDLE"]
+    here = [f"{name}={os.environ[name]}" for name in ours if os.environ[name]]
     hint = f" (correct or unset {' '.join(here)}?)" if here and len(hosts) < len(tried) else ""
     raise DatasetError(f"{file} cannot be got{hint}:{why}\n  Put it at {target}, or name a mirror: BSAP_BASE_URL.")
 
@@ -123,11 +124,12 @@ def install(archive: Path, wanted: str, place: Path, accept: Callable[[Path], An
     with TemporaryDirectory(prefix=".part-", dir=archive.parent) as folder:
         staged = Path(folder, "new", place.name)
         try:
-            with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as members:
+            opened: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(archive)
+            with opened as members:
                 sizes = [m.file_size for m in members.infolist()] if is_zip else [m.size for m in members]
             if sum(sizes) > LIMIT:
                 raise ValueError(f"unpacks to more than {LIMIT:,} bytes")
-            shutil.unpack_archive(archive, folder, **({} if is_zip else {"filter": "data"}))
+            shutil.unpack_archive(archive, folder, **({} if is_zip else {"filter": "data"}))  # type: ignore[arg-type]
         except Exception as error:  # damaged archives raise nearly anything
             if getattr(error, "errno", None):  # the disk's fault
                 raise
@@ -270,7 +272,7 @@ def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
             wrong.append(str(error))
             continue
         for split in ds.splits:
-            part, row = ds.select(split=split), {"data set": name, "split": split}
+            part, row = ds.select(split=split), dict[str, Any]({"data set": name, "split": split})
             bad = [why for image_id in part.images.index if (why := broken(part, image_id))]
             here = len(part.images) - len(bad)
             row |= {"images": len(part.images), "expressions": len(part.expressions)}

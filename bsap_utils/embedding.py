@@ -20,6 +20,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
         raise ValueError(f"{source}: no such file or folder, or {out} lies in it, which the next run would read.")
     if address and not ray_here:
         raise ValueError("A cluster needs Ray: pip install 'bsap-utils[scale]'. Without --address it runs here.")
-    how = {"model": model, "pretrained": pretrained, "precision": "auto"}
+    how: dict[str, Any] = {"model": model, "pretrained": pretrained, "precision": "auto"}
     scorer = ClipScorer(**how, device="auto" if local or not ray_here else "cpu", cache=False)
     texts = [TEMPLATE.format(text.lower()) for text in auxiliary_prompts(bank)]
     aux_features, weights = scorer.encode_texts(texts), scorer.weights_hash()
@@ -220,7 +221,7 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
     for path in sorted((out / "features").glob("*.parquet")):
         for row in pq.read_table(path, columns=["id", "source", "stamp"]).to_pylist():
             done.setdefault((row["source"], row["stamp"]), []).append(row["id"])
-    found = [source] if source.is_file() else [*walk(source, frozenset({source}))]
+    found: list[Path | None] = [source] if source.is_file() else [*walk(source, frozenset({source}))]
     root, files = source.parent if source.is_file() else source, []
     for path in filter(None, found):
         name, mark = path.relative_to(root).as_posix(), stamp(path)
@@ -235,9 +236,8 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
     decoding, encoder = (scorer.image_size, scorer.interpolation), (how, aux_features, temperature, weights)
     if local or not ray_here:
         here = Encoder(how | {"device": str(scorer.device)}, *encoder[1:])
-        batches = map(
-            here, (batch for i in range(0, len(files), ROWS) for batch in read(files[i : i + ROWS], *decoding))
-        )
+        parts = (batch for i in range(0, len(files), ROWS) for batch in read(files[i : i + ROWS], *decoding))
+        batches: Iterator[dict[str, np.ndarray]] = map(here, parts)
     else:
         batches = over_ray(files, decoding, encoder, address) if files else iter(())
     return write(out, batches)
@@ -253,9 +253,7 @@ def write(out: Path, batches: Iterator[Batch]) -> dict[str, int]:
         columns["feature"] = vectors(batch["feature"][~wrong])
         table = pa.table(columns)
         if len(table):
-            write_file(
-                out / f"features/{start}-{number:06d}.parquet", lambda part, table=table: pq.write_table(table, part)
-            )
+            write_file(out / f"features/{start}-{number:06d}.parquet", partial(pq.write_table, table))
         errors += [{key: str(batch[key][i]) for key in ("id", "source", "error")} for i in np.flatnonzero(wrong)]
         count += len(table)
         print(f"  {count:,} pictures, {len(errors):,} that cannot be read", flush=True)
