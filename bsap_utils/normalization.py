@@ -58,8 +58,10 @@ def _pool(a: Tensor, temperature: float) -> Tensor:
     if not 1e-6 <= temperature <= 1e6:
         raise ValueError(f"temperature is {temperature}: it must lie between 1e-6 and 1e6, or be inf for the mean.")
     top = a.amax(1, keepdim=True)
-    # exp − 1 keeps its digits where T is large and exp is nearly 1
-    return top[:, 0] + temperature * ((a - top).div_(temperature).expm1_().mean(1)).log1p()
+    x = (a - top).div_(temperature)
+    if temperature > 100:  # exp is nearly 1: only exp − 1 keeps the digits
+        return top[:, 0] + temperature * x.expm1_().mean(1, dtype=torch.float64).log1p()
+    return top[:, 0] + temperature * x.exp_().mean(1, dtype=torch.float64).log()
 
 
 def bsap(s: Tensor, a: Tensor, pairs: Pairs, temperature: float = 1.0) -> Tensor:
@@ -126,18 +128,16 @@ def shift_and_scale_from_features(
 ) -> tuple[Tensor, Tensor]:
     """Return `shift_and_scale` of unit features, [C, D] and [M, D] -> [C], [C], holding about `block` logits at a time.
 
-    In the features' precision. For methods that look at one region, and "sinkhorn" (a pass over the features for each
-    iteration); not for "db_norm" and "bsap_calibrated", which is `calibrated_weight` times the shift of "bsap".
+    For methods of one region and "sinkhorn" (a pass an iteration); not "db_norm" and "bsap_calibrated" (a weight · "bsap").
     """
-    scaled = (aux_features * logit_scale).T.contiguous()
-    parts = features.split(max(block // len(aux_features), 32))
-    offset = scaled.new_zeros(scaled.shape[1])
+    parts = features.split(max(block // len(aux_features), 64))
+    bank, offset = logit_scale * aux_features.T, features.new_zeros(len(aux_features))
     if name == "sinkhorn":
-        offset = -prompt_potentials(lambda: (part @ scaled for part in parts), **options).to(offset)
+        offset -= prompt_potentials(lambda: (part @ bank for part in parts), **options)
         name, options = "bsap", {"temperature": options.get("temperature", 1.0)}
-    found = (_shift_and_scale(torch.addmm(offset, part, scaled), name, options) for part in parts)
-    shift, scale = map(torch.cat, zip(*found, strict=True))
-    return shift.double(), scale.double()
+    logits = (torch.addmm(offset, part, bank) for part in parts)
+    shift, scale = zip(*(_shift_and_scale(part, name, options) for part in logits), strict=True)
+    return torch.cat(shift).double(), torch.cat(scale).double()
 
 
 def prompt_potentials(blocks: Callable[[], Iterable[Tensor]], temperature: float = 1.0, iterations: int = 10) -> Tensor:

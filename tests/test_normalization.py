@@ -273,6 +273,14 @@ def test_features_in_blocks_give_the_same_shift_and_scale(name):
     assert got[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0, 1e3, 1e6])
+def test_a_large_bank_of_float32_features_loses_no_digits(temperature):
+    torch.manual_seed(1)
+    features, bank = normalize(torch.randn(70, 8), dim=1), normalize(torch.randn(20_000, 8), dim=1)
+    got = shift_and_scale_from_features(features, bank, 100.0, temperature=temperature)[0]
+    torch.testing.assert_close(got, pool(100 * features @ bank.T, temperature), rtol=0, atol=5e-5)
+
+
 def test_what_needs_the_queries_is_no_shift():
     for name in ("bsap_h", "tas", "no such"):
         with pytest.raises(ValueError, match="not a shift and a scale"):
