@@ -1,9 +1,8 @@
 """Visual prompts: what CLIP is shown of a region.
 
-A visual prompt is a function `(image, boxes, masks) -> views` on the device of the image: `image` [3, H, W] uint8, `boxes`
-[N, 4] xywh in pixels, `masks` [N, H, W] bool or None, and one view a region, uint8, each of any size. Boxes stay on the
-CPU: to read a cropping edge back from a GPU would make it wait once a region. `show_regions` squashes the views to the
-model's square, as ReCLIP does, so that a centre crop takes nothing of a long region away.
+A visual prompt is a function `(image, boxes, masks) -> views` on the image's device: `image` [3, H, W] uint8, `boxes`
+[N, 4] xywh in pixels, on the CPU (to read an edge back from a GPU would make it wait), `masks` [N, H, W] bool or None;
+views are uint8 of any size. They are squashed to the model's square, as in ReCLIP: a centre crop would cut long regions.
 
 >>> image = torch.randint(0, 255, (3, 48, 64), dtype=torch.uint8)
 >>> show_regions(image, torch.tensor([[4.0, 4.0, 20.0, 30.0]]), ("crop", "circle"), size=32).shape
@@ -43,9 +42,6 @@ def gaussian_blur(image: Tensor, sigma: float = 100.0) -> Tensor:
 
     PIL takes three box blurs for a Gaussian, and each repeats the edge pixel that it finds. A wide blur has no fine
     detail: it is worked out at six points to a σ and interpolated, within 1 grey level of PIL at σ = 100.
-
-    >>> gaussian_blur(torch.full((3, 8, 8), 7, dtype=torch.uint8)).unique()
-    tensor([7], dtype=torch.uint8)
     """
     height, width = image.shape[-2:]
     down, across = (_blur_matrix(length, sigma, image.device) for length in (height, width))
@@ -118,7 +114,6 @@ def mask_line(image: Tensor, boxes: Tensor, masks: Tensor, thickness: float = LI
 
 
 def own_masks(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
-    """Return the regions' own masks: [N, H, W]."""
     return masks
 
 
@@ -138,18 +133,11 @@ def whole(region: Callable[..., Tensor], inside: Change | None = None, outside: 
 
 
 def crop(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> list[Tensor]:
-    """Return the boxes cut out."""
-    return _cut(image.expand(len(boxes), -1, -1, -1), boxes)
-
-
-def mask_crop(image: Tensor, boxes: Tensor, masks: Tensor) -> list[Tensor]:
-    """Return the boxes cut out, with CLIP's mean pixel outside the masks."""
-    return _cut(torch.where(masks[:, None], image, _pixel(CLIP_MEAN, image)), boxes)
-
-
-def _cut(images: Tensor, boxes: Tensor) -> list[Tensor]:
-    edges = pixel_edges(boxes, *images.shape[-2:]).tolist()
-    return [image[:, top:bottom, left:right] for image, (left, top, right, bottom) in zip(images, edges, strict=True)]
+    """Return the boxes cut out; with masks, with CLIP's mean pixel outside of them."""
+    edges, images = pixel_edges(boxes, *image.shape[-2:]).tolist(), image.expand(len(boxes), -1, -1, -1)
+    if masks is not None:
+        images = torch.where(masks[:, None], image, _pixel(CLIP_MEAN, image))
+    return [one[:, top:bottom, left:right] for one, (left, top, right, bottom) in zip(images, edges, strict=True)]
 
 
 def _pixel(colour: Sequence[int], image: Tensor) -> Tensor:
@@ -160,7 +148,7 @@ red, gray = partial(_pixel, (255, 0, 0)), partial(transforms.rgb_to_grayscale, n
 # The codes are those of FGVP (Yang et al., NeurIPS 2023): P crop, B box, C circle, D mask; 1 line, 2 colour inside,
 # 3 grey outside, 4 blur outside (σ = 100 pixels). Its circles touch the box's sides; C3 and C4 have no line.
 VISUAL_PROMPTS: dict[str, VisualPrompt] = {
-    "crop": crop,  # P (ReCLIP, Subramanian et al. 2022)
+    "crop": lambda image, boxes, masks: crop(image, boxes),  # P (ReCLIP, Subramanian et al. 2022)
     "shade": whole(box_masks, inside=tint),  # B2 (CPT, Yao et al. 2021); the text then is "{} is in red color."
     "blur": whole(box_masks, outside=gaussian_blur),  # B4 (ReCLIP)
     "circle": whole(ellipse_line, inside=red),  # C1 (Red Circle, Shtedritski et al. 2023)
@@ -169,8 +157,8 @@ VISUAL_PROMPTS: dict[str, VisualPrompt] = {
     "mask_contour": whole(mask_line, inside=red),  # D1
     "mask_gray": whole(own_masks, outside=gray),  # D3
     "mask_blur": whole(own_masks, outside=gaussian_blur),  # D4, "blur reverse mask"
-    "mask_crop": mask_crop,  # Global-Local CLIP (Yu et al. 2023), which fills with ImageNet's mean: one grey level off
-    "global_local": mask_crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
+    "mask_crop": crop,  # Global-Local CLIP (Yu et al. 2023), which fills with ImageNet's mean: one grey level off
+    "global_local": crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
 }
 MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop", "global_local"})
 
@@ -178,8 +166,7 @@ MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop",
 def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
     """Return which patches of a vision transformer belong to masks [N, H, W]: [N, rows · columns of its `grid`] bool.
 
-    A patch belongs when the mask covers it at least half as much as the patch that it covers most, so that a mask
-    smaller or thinner than a patch keeps what it has. An empty mask keeps them all.
+    Those that a mask covers at least half as much as the one it covers most: a thin mask keeps what it has, an empty one all.
     """
     coverage = functional.adaptive_avg_pool2d(masks.float(), (grid[0], grid[1])).flatten(1)
     return coverage >= coverage.amax(1, keepdim=True) / 2
@@ -195,7 +182,7 @@ def resampling_weights(lengths: Tensor, size: int, longest: int, interpolation: 
     """Return the matrices that resample lines of `lengths` [N] pixels to `size`: [N, size, longest] float32.
 
     Antialiased as PIL and torchvision have it: a triangle, or Keys' kernel (1981, a = -0.5), as wide as an output pixel
-    when that is larger than an input pixel. Columns from a line's length on are 0.
+    when that is larger than an input pixel.
     """
     scale = (lengths / size)[:, None, None]
     here = torch.arange(longest, device=lengths.device) + 0.5
@@ -210,8 +197,7 @@ def resampling_weights(lengths: Tensor, size: int, longest: int, interpolation: 
 def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str = "bicubic") -> Tensor:
     """Do what `squash` does to views [3, h, w] of any sizes, all in two matrix products: [N, 3, size, size] uint8.
 
-    A GPU would spend more time on starting a resize for each crop than on encoding it. A CPU has no such cost, and
-    skips the zeros of these matrices: there `squash` is faster.
+    A GPU would spend more time on starting a resize a crop than on encoding it; a CPU skips the zeros of these matrices.
     """
     shape = (size, size) if isinstance(size, int) else size
     if isinstance(views, Tensor):
@@ -222,10 +208,8 @@ def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str
         for place, view in zip(padded, views, strict=True):
             place[:, : view.shape[1], : view.shape[2]] = view
     sizes = sizes.to(padded.device, non_blocking=True)
-    rows, columns = (
-        resampling_weights(sizes[:, axis], shape[axis], padded.shape[2 + axis], interpolation)[:, None]
-        for axis in (0, 1)
-    )
+    weights = (resampling_weights(sizes[:, i], shape[i], padded.shape[2 + i], interpolation) for i in (0, 1))
+    rows, columns = (matrix[:, None] for matrix in weights)
     across = (padded @ columns.mT).round_().clamp_(0, 255)  # PIL too holds whole grey levels between the two passes
     return (rows @ across).round_().clamp_(0, 255).byte()
 
@@ -240,8 +224,7 @@ def show_regions(image: Tensor, boxes: Tensor, visual_prompts: Sequence[str], si
     check_prompts(visual_prompts)
     wanted = [len(boxes), *image.shape[1:]]
     if MASK_PROMPTS.intersection(visual_prompts) and (masks is None or list(masks.shape) != wanted):
-        raise ValueError(f"The visual prompts {list(visual_prompts)} need masks {wanted} of bool, and got "
-                         f"{masks if masks is None else list(masks.shape)}.")  # fmt: skip
+        raise ValueError(f"The visual prompts {list(visual_prompts)} need masks {wanted} of bool.")
     step = max(1, AT_ONCE // image.numel())
     parts = [slice(start, start + step) for start in range(0, len(boxes), step)]
 
