@@ -298,10 +298,10 @@ def test_sinkhorn_uses_all_prompts_alike():
 
 def test_dynamic_qb_norm_corrects_only_texts_whose_best_image_is_a_prompts_best():
     scores = torch.tensor([[5.0, 1.0, 2.0], [4.0, 3.0, 2.5]])
-    a = torch.tensor([[9.0, 9.0], [0.0, 0.0]])  # the first image is every prompt's best
-    expected = scores.clone()
-    expected[:, 0] -= torch.tensor([9.0, 0.0])
-    torch.testing.assert_close(qb_norm_dynamic(scores, a).float(), expected)
+    a = torch.tensor([[1.0, 9.0, 9.0], [0.0, 0.0, 2.0]])  # the first image is every prompt's best
+    expected = scores.double()
+    expected[:, 0] -= pool(a, 5.0)
+    torch.testing.assert_close(qb_norm_dynamic(scores, a), expected)
 
 
 def test_centring_takes_the_shared_component_off():
