@@ -23,6 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+try:  # before whatever imports it, too
+    from huggingface_hub import constants as hub
+    from huggingface_hub import try_to_load_from_cache
+except ValueError as error:
+    raise ValueError(f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')} is no address: correct or unset it.") from error
+
 import httpx
 import numpy as np
 import open_clip
@@ -30,8 +36,6 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torchvision
-from huggingface_hub import constants as hub
-from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -86,8 +90,8 @@ def hub_problem() -> str:
     try:  # once: its own client would go on trying for half a minute
         httpx.head(hub.ENDPOINT, timeout=3)
     except Exception as error:  # also for addresses and proxies that are none, and certificates that are not there
-        names = " ".join(f"{name}={value}" for name, value in os.environ.items() if NETWORK.fullmatch(name) and value)
-        return f"{hub.ENDPOINT} cannot be reached ({error}{names and f'; correct or unset {names}'})"
+        names = [name for name, value in os.environ.items() if NETWORK.fullmatch(name) and not os.path.exists(value)]
+        return f"{hub.ENDPOINT} cannot be reached ({error}{names and '; correct or unset ' or ''}{', '.join(names)})"
     return ""
 
 
