@@ -80,7 +80,7 @@ def candidate_softmax(s: Tensor, pairs: Pairs) -> Tensor:
 
 
 def _log_softmax(s: Tensor, pairs: Pairs) -> Tensor:
-    s, count = s.double(), int(pairs.expression.max()) + 1
+    s, count = s.double(), len(pairs.expression.bincount())
     top = s.new_zeros(count).scatter_reduce(0, pairs.expression, s, "amax", include_self=False)
     shifted = s - top[pairs.expression]
     return shifted - s.new_zeros(count).index_add(0, pairs.expression, shifted.exp()).log()[pairs.expression]
