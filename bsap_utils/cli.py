@@ -125,9 +125,12 @@ def read_params(path: Path, known: dict[str, dict]) -> dict[str, Any]:
         raise ValueError(f"{path}: there is no such file, or it has over 100 kB.")
     try:
         text = path.read_text("utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.CSafeLoader)):
-            raise ValueError("it has an alias, *name: write the value twice.")
-        found = yaml.load(text, yaml.CSafeLoader)  # libyaml bounds the nesting
+        depth = 0
+        for event in yaml.parse(text, yaml.CSafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 9:
+                raise ValueError("has an alias, *name, or lists in lists: write values out.")
+        found = yaml.safe_load(text)
         if not isinstance(found, dict):
             raise ValueError(f"should hold sections, not {found!r:.60}.")
         content = SECTIONS | {"run_name": path.stem} | {key: value for key, value in found.items() if value is not None}
@@ -207,7 +210,7 @@ def publish(staging: Path, folder: Path, entry: dict[str, Any]) -> tuple[list[st
     alien = [n for n in files if (folder / n).is_symlink() or (folder / n).exists() and n not in manifest]
     moved = [name for name in files if name not in alien]
     stale = [name for name in manifest if name not in files and manifest[name].get("notebook") == entry["notebook"]]
-    made = manifest | {name: entry | {"sha256": digest(files[name])} for name in moved}
+    made = {n: manifest[n] for n in manifest if n not in alien} | {name: entry | {"sha256": digest(files[name])} for name in moved}
 
     def enter(names: Any) -> None:
         text = json.dumps({name: made[name] for name in sorted(names)}, indent=1, ensure_ascii=False, default=str)
