@@ -533,6 +533,7 @@ class Ensemble(ClipScorer):
 
     def __init__(self, scorers: Sequence[ClipScorer]) -> None:
         self.scorers, self.model_name = scorers, " + ".join(scorer.model_name for scorer in scorers)
+        self.pretrained = " + ".join(scorer.pretrained for scorer in scorers)
         scales = np.array([scorer.logit_scale for scorer in scorers])
         self.logit_scale, self._shares = float(scales.mean()), np.sqrt(scales / scales.sum()).tolist()
         self.logit_bias = float(np.mean([scorer.logit_bias for scorer in scorers]))

@@ -132,7 +132,9 @@ def main(what: str, *folders: str) -> None:
     """Write the pages of `folders`, or the outputs of all notebooks: each when all are in order."""
     written: dict[Path, str] = {}
     if what == "page":
-        written = {Path(folder) / "README.md": results_page(Path(folder)) for folder in folders if Path(folder).is_dir()}
+        written = {
+            Path(folder) / "README.md": results_page(Path(folder)) for folder in folders if Path(folder).is_dir()
+        }
     else:
         for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
             notebook = nbformat.read(path, as_version=4)

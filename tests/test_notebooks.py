@@ -130,7 +130,9 @@ def test_rendering_keeps_no_widget_progress_bar_or_random_name():
     executed = new.new_notebook(cells=[new.new_code_cell("X = 1", metadata={"tags": ["injected-parameters"]}),
                                        new.new_code_cell("1", outputs=outputs)])  # fmt: skip
     rendered = render.with_outputs(notebook, executed)
-    assert [output.data for output in rendered.cells[0].outputs] == [{"text/html": data["text/html"].replace("1a2b3", "0")}]
+    assert [output.data for output in rendered.cells[0].outputs] == [
+        {"text/html": data["text/html"].replace("1a2b3", "0")}
+    ]
     executed.cells[1].outputs = [new.new_output("error", ename="ValueError", evalue="no", traceback=[])]
     with pytest.raises(ValueError, match="ValueError: no"):
         render.with_outputs(notebook, executed)
