@@ -210,7 +210,9 @@ def publish(staging: Path, folder: Path, entry: dict[str, Any]) -> tuple[list[st
     alien = [n for n in files if (folder / n).is_symlink() or (folder / n).exists() and n not in manifest]
     moved = [name for name in files if name not in alien]
     stale = [name for name in manifest if name not in files and manifest[name].get("notebook") == entry["notebook"]]
-    made = {n: manifest[n] for n in manifest if n not in alien} | {name: entry | {"sha256": digest(files[name])} for name in moved}
+    made = {n: manifest[n] for n in manifest if n not in alien} | {
+        name: entry | {"sha256": digest(files[name])} for name in moved
+    }
 
     def enter(names: Any) -> None:
         text = json.dumps({name: made[name] for name in sorted(names)}, indent=1, ensure_ascii=False, default=str)

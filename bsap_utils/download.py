@@ -124,7 +124,7 @@ def install(archive: Path, wanted: str, place: Path, accept: Callable[[Path], An
     with TemporaryDirectory(prefix=".part-", dir=archive.parent) as folder:
         staged = Path(folder, "new", place.name)
         try:
-            opened: Any = zipfile.ZipFile(archive) if is_zip else tarfile.open(archive)
+            opened: Any = (zipfile.ZipFile if is_zip else tarfile.open)(archive)
             with opened as members:
                 sizes = [m.file_size for m in members.infolist()] if is_zip else [m.size for m in members]
             if sum(sizes) > LIMIT:

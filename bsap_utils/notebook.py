@@ -30,8 +30,10 @@ def forms() -> list[tuple[str, Callable[[Any], bool], str]]:
     return [
         ("TEMPLATE TEMPLATES OTHER_TEMPLATES", lambda v: bool(re.fullmatch(r"[^{}]*\{\}[^{}]*", str(v))),
          'a text with "{}" once, the place of the expression'),
-        ("LIMIT AUX_SIZE TEXTS SEED TOP_K MIN_AREA STEPS PAIRS THREADS", lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
-        ("SCENE NEIGHBOURS NEAREST DRAWS SIZES HALVINGS BATCH_SIZE", lambda v: type(v) is int and v > 0, "a whole number over 0"),
+        ("LIMIT AUX_SIZE TEXTS SEED TOP_K MIN_AREA STEPS PAIRS THREADS", lambda v: type(v) is int and v >= 0,
+         "a whole number, 0 or more"),
+        ("SCENE NEIGHBOURS NEAREST DRAWS SIZES HALVINGS BATCH_SIZE", lambda v: type(v) is int and v > 0,
+         "a whole number over 0"),
         ("TEMPERATURE TEMPERATURES", lambda v: type(v) in (int, float) and (1e-6 <= v <= 1e6 or v == float("inf")),
          "a number from 0.000001 to 1000000, or inf (the mean)"),
         ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT MASK_NMS", lambda v: type(v) in (int, float) and 0 <= v <= 1,

@@ -211,5 +211,4 @@ def test_broken_network_settings_are_a_sentence_that_names_them(variable):
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True, timeout=60
     )
-    assert "Traceback" not in done.stderr and "Next: " in done.stdout
-    assert name in done.stdout
+    assert "Traceback" not in done.stderr and name in done.stdout + done.stderr
