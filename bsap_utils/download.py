@@ -5,6 +5,7 @@ gets its name when it is whole and has the known hash. The hosts of this field c
 and a mirror with the same file names (BSAP_BASE_URL) replaces them all. An archive that lies in the root is not fetched.
 """
 
+import csv
 import json
 import os
 import re
@@ -26,40 +27,16 @@ import requests
 import torch
 from tqdm import tqdm
 
+from bsap_utils import ROOT
 from bsap_utils.datasets import DatasetError, ReferDataset, load_refer, read_json, write_file
 from bsap_utils.regions import from_boxes, from_masks
 from bsap_utils.scoring import NETWORK
 
-UNC, RAW = "https://bvisionweb1.cs.unc.edu/licheng/referit/data/", "https://raw.githubusercontent.com/"
-SAVED = "https://web.archive.org/web/"  # the Web Archive's copies
-HOSTS = {  # folders, tried in this order, of the files whose name matches
-    r"refcoco\.zip": [UNC, f"{SAVED}20220413011718/{UNC}"],
-    r"refcoco\+\.zip": [UNC, f"{SAVED}20220413011656/{UNC}"],
-    r"refcocog\.zip": [UNC, f"{SAVED}20220413012904/{UNC}"],
-    r"refcoco.*\.json": [
-        f"{RAW}Vision-CAIR/MiniGPT-4/d94738a7626ec43eba6c2cddf3cd2043f1a9689a/eval_scripts/eval_data/"
-    ],
-    r"reclip_data\.tar\.gz": [  # ReCLIP's own bucket was reported gone in 2024; a copy by authors who build on it
-        "https://storage.googleapis.com/reclip-sanjays/",
-        "https://huggingface.co/datasets/CresCat01/RefCOCO-Triplets/resolve/main/",
-    ],
-    r"train2014/.*": ["http://images.cocodataset.org/", "https://s3.amazonaws.com/images.cocodataset.org/"],
-    r".*\.npy": [f"{RAW}Weixin-Liang/Modality-Gap/8e20cb24efa4c5f89aad694f2f65eb43ffc46d10/Figure_1_Modality_Gap/"],
-    r".*\.pt": [f"{RAW}Alljoined/EEG_Image_decode/e0dfa58dae3e847e685198d31f98c717d753c90d/Retrieval/"],
-}
-HASHES = {
-    "features_clip.npy": "7227280ace0f145d2c45afa8ab507a1cb280e9460aa271fe9052d08e35342adb",
-    "ViT-H-14_features_test.pt": "2d772e733ae9afe01f60547c38f0026a094347aa56fefd77cf375cf53667cdc9",
-    "refcoco+_testA.json": "e05867fc4f786e03b0e86638e805e2a96629c8e0ae92ecce6644df26ce601112",
-    "refcoco+_testB.json": "b284e208d8333c754f76fa433c04876beaa7098da330af75e3572b6d488957a9",
-    "refcoco+_val.json": "0de14cf1685ab72f1eb8678affa07a4e3d46ed7a01f1d02f036bf77193c77e5b",
-    "refcoco_testA.json": "5c4eeda67e979b10a5f8de7d13f800ad92b6639051d0dc8c6329dea06e564471",
-    "refcoco_testB.json": "dcf893fcee5bffe1e8b664e83802d1b8f5e940e3dc2dd9a557b143bdd93e7551",
-    "refcoco_val.json": "385ceafb946e9401e01fd1a4e28b2bd177563c920110fdd9a5c391ee196a3710",
-    "refcocog_test.json": "5af7fe7697c88db1943d027e602a404e9ff6a93df1bf1a6a6a8964b287d83601",
-    "refcocog_val.json": "a39eb2e6286a7c8a27905a7e0b27973247fdb5c736fbc4b1537403ad7e640fc9",
-}
-SPLITS = {name: ["train", "val", "testA", "testB"] for name in ("refcoco", "refcoco+")} | {
+with (ROOT / "data/downloads.csv").open(encoding="utf-8") as file:  # each file's hash, and its folders in order
+    KNOWN = {row["file"]: row for row in csv.DictReader(file)}
+HOSTS = {name: row["folders"].split() for name, row in KNOWN.items()}
+HASHES = {name: row["sha256"] or None for name, row in KNOWN.items()}
+SPLITS = dict.fromkeys(("refcoco", "refcoco+"), ["train", "val", "testA", "testB"]) | {
     "refcocog": ["train", "val", "test"]
 }
 UNREACHABLE = (requests.ConnectionError, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL)
@@ -89,7 +66,8 @@ def fetch(file: str, target: Path, base_url: str | None, accept: Callable[[Path]
     """
     if target.is_file():
         return accept(target)
-    hosts = [f"{base_url.rstrip('/')}/"] if base_url else [*next(h for p, h in HOSTS.items() if re.fullmatch(p, file))]
+    folders = HOSTS.get(file) or HOSTS.get(file.rpartition("/")[0] + "/", [])
+    hosts = [f"{base_url.rstrip('/')}/"] if base_url else [*folders]
     tried = {}
     for number in range(ROUNDS):
         time.sleep(PAUSE * number * bool(hosts))

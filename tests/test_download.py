@@ -257,7 +257,7 @@ def test_the_environment_names_a_mirror_and_the_option_goes_first(mirror, tmp_pa
 
 
 def hosts(*folders: str) -> dict:
-    return {".*": list(folders)}
+    return dict.fromkeys(("refcoco.zip", "reclip_data.tar.gz", "train2014/"), list(folders))
 
 
 def test_the_next_address_is_used_when_one_fails(mirror, tmp_path, monkeypatch):
@@ -269,7 +269,7 @@ def test_the_next_address_is_used_when_one_fails(mirror, tmp_path, monkeypatch):
 
 
 def addresses(file: str) -> list[str]:
-    return [host + file for host in next(h for pattern, h in download.HOSTS.items() if re.fullmatch(pattern, file))]
+    return [host + file for host in download.HOSTS[file]]
 
 
 def test_the_published_addresses_are_in_the_table_and_the_second_follows_the_first():
@@ -277,8 +277,8 @@ def test_the_published_addresses_are_in_the_table_and_the_second_follows_the_fir
         first = f"https://bvisionweb1.cs.unc.edu/licheng/referit/data/{name}.zip"
         assert addresses(f"{name}.zip") == [first, f"https://web.archive.org/web/{stamp}/{first}"]
     assert addresses("reclip_data.tar.gz")[0] == "https://storage.googleapis.com/reclip-sanjays/reclip_data.tar.gz"
-    assert addresses("train2014/x.jpg")[0] == "http://images.cocodataset.org/train2014/x.jpg"
-    for file in download.HASHES:
+    assert addresses("train2014/")[0] == "http://images.cocodataset.org/train2014/"
+    for file in filter(download.HASHES.get, download.HASHES):
         assert re.fullmatch(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/[0-9a-f]{40}/.*", addresses(file)[0])
 
 
@@ -292,7 +292,7 @@ def test_no_network_ends_within_seconds_with_all_addresses_and_what_to_do(tmp_pa
     result = bsap("get", "refcoco+", "--root", tmp_path)
     assert result.code == 1 and time.monotonic() - start < 10
     for url in addresses("refcoco+.zip"):
-        assert f"{url.replace('+.zip', '+.zip')}: " in result.out
+        assert f"{url}: " in result.out
     assert f"Put it at {tmp_path / 'refcoco+.zip'}" in result.out and "HTTPS_PROXY=http://proxy.invalid:1" in result.out
     assert not list(tmp_path.rglob("*.zip"))
 
@@ -488,7 +488,7 @@ def test_check_looks_at_boxes_and_masks(got):
     }
     path.write_text(json.dumps(boxes))
     result = bsap("check", got)
-    assert result.code == 1 and "corners [x1, y1, x2, y2]" in result.out and "wrong" in result.out
+    assert result.code == 1 and "corners" in result.out and "wrong" in result.out
     path.unlink()
     (got / "refcoco_masks.json").write_text('[{"image_id": 1, "segmentation": {"size": [1, 1], "counts": "nonsense"}}]')
     assert bsap("check", got).code == 1
@@ -519,7 +519,7 @@ def test_clip_scores_are_got_and_repacked(mirror, tmp_path, monkeypatch):
     torch.save({"img_features": torch.tensor(arrays["images"]), "text_features": torch.tensor(arrays["texts"])}, buffer)
     mirror.files["/ViT-H-14_features_test.pt"] = buffer.getvalue()
     assert bsap("get", "clip-scores", "--root", tmp_path, "--base-url", mirror.url).code == 1  # another hash
-    monkeypatch.delitem(download.HASHES, "ViT-H-14_features_test.pt")  # the published file itself is not here
+    monkeypatch.setitem(download.HASHES, "ViT-H-14_features_test.pt", None)  # the published file itself is not here
     result = bsap("get", "clip-scores", "--root", tmp_path, "--base-url", mirror.url)
     assert result.code == 0, result.out
     assert sorted(p.name for p in (tmp_path / "clip-scores").iterdir()) == [
