@@ -233,7 +233,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_goes_on(tmp_path, clip):
     source = folder_of(tmp_path / "source", {f"{n:04d}": IMAGES["0000"] for n in range(60)})
     code = "import sys; from bsap_utils import embedding as e; e.ROWS = 2; e.embed(*sys.argv[1:4], local=True, bank='generic')"
     process = subprocess.Popen([sys.executable, "-c", code, source, tmp_path / "out", clip], cwd=ROOT, stdout=-3)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len([*tmp_path.glob("out/features/*.parquet")]) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
