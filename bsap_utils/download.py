@@ -255,6 +255,8 @@ def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
             here = len(part.images) - len(bad)
             row |= {"images": len(part.images), "expressions": len(part.expressions)}
             row["pictures"] = f"{here:,} of {len(part.images):,}" if bad else "complete"
+            masks = part.annotations.loc[part.expressions["ann_id"].unique(), "segmentation"].notna()
+            row["targets with mask"] = f"{masks.mean():.0%}" + " (04 needs all)" * (not masks.all())
             for kind, read in (("dets_dict", from_boxes), ("rpn_dict", from_boxes), ("masks", from_masks)):
                 path = root / f"{name}_{kind}.json"
                 try:
@@ -262,6 +264,9 @@ def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
                 except DatasetError as error:
                     row[kind] = "wrong"
                     bad.append(str(error))
+            row["touched up"] = (
+                ", ".join(f"{count:,} {what}" for what, count in ds.counts.items() if count) or "nothing"
+            )
             rows.append(row)
             if split in asked(root)[name] if name in asked(root) else here:
                 wrong += [f"{name} {split}: {why}" for why in bad]

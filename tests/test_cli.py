@@ -360,6 +360,31 @@ def test_slugs_are_safe_and_tell_apart_what_they_change():
     assert len(set(slugs)) == len(names) and all(len(s) <= 80 and "/" not in s and s.strip(".-") for s in slugs)
 
 
+def test_doctor_says_whether_the_sample_can_be_run(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for name in ("refshapes", "clip-refshapes"):
+        (tmp_path / "data" / name).symlink_to(bsap_utils.ROOT / "data" / name)
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    output = bsap("doctor")
+    assert (
+        "+ sample: complete" in output and "real data: none yet" in output and output.endswith("Next: make figures\n")
+    )
+    assert "ViT-B-32" in output and "torch 2." in output and "ray" not in output.lower()
+    (tmp_path / "data/refshapes").unlink()
+    output = bsap("doctor", code=1)
+    assert "- sample: " in output and "Next: git checkout -- data" in output
+
+
+def test_masks_are_written_once(tmp_path):
+    photos = bsap_utils.ROOT.parent / "shared/real/refcoco-photos"
+    if not photos.is_dir():
+        pytest.skip("real material lies beside the checkout of our machines only")
+    given = ["masks", "refcoco", "--root", photos, "--split", "val", "--out", tmp_path / "m.json"]
+    assert "masks of 2 images are in" in bsap(*given)
+    assert {"image_id", "segmentation", "score"} <= json.loads((tmp_path / "m.json").read_text())[0].keys()
+    assert "is there already" in bsap(*given, code=1)
+
+
 def test_version_and_help():
     assert bsap("--version") == f"bsap {bsap_utils.__version__}\n"
     assert "NAME VALUE" in bsap("run", "--help")

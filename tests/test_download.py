@@ -482,6 +482,12 @@ def test_check_says_what_is_here_and_what_is_wrong(mirror, got, tmp_path):
 
 
 def test_check_looks_at_boxes_and_masks(got):
+    content = json.loads((got / "refcoco/instances.json").read_bytes())
+    for annotation in content["annotations"]:  # as labelling tools export
+        annotation["segmentation"] = [] if annotation["image_id"] % 2 else [[1, 1, 2, 2]]
+    (got / "refcoco/instances.json").write_text(json.dumps(content))
+    result = bsap("check", got)
+    assert result.code == 0 and "0% (04 needs all)" in result.out and "degenerate polygons" in result.out
     path = got / "refcoco_dets_dict.json"
     boxes = {
         key: [[x, y, x + w, y + h] for x, y, w, h in found] for key, found in json.loads(path.read_bytes()).items()
