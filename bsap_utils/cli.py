@@ -66,19 +66,16 @@ def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-def table(names: dict[str, Any]) -> str:
+def listing(names: dict[str, Any]) -> str:
     """One line a name; of a parameter its default and meaning, too."""
-    lines = [
-        f"{n:<16} {p['source']:<28} {p['help']}" if isinstance(p, dict) and "source" in p else n
-        for n, p in names.items()
-    ]
-    return "".join(f"\n  {line.rstrip()}" for line in lines)
+    about = {n: f"{p['source']:<28} {p['help']}" for n, p in names.items() if isinstance(p, dict) and "source" in p}
+    return "".join(f"\n  {f'{name:<16} {about[name]}' if name in about else name}".rstrip() for name in names)
 
 
 def check_known(where: str, names: Any, known: dict[str, Any]) -> None:
     """Raise ValueError at the first unknown name, with all known ones."""
     if strange := [name for name in names if name not in known]:
-        raise ValueError(f"{where} {strange[0]}. There are:{table(known)}")
+        raise ValueError(f"{where} {strange[0]}. There are:{listing(known)}")
 
 
 def literal(text: str) -> Any:
@@ -285,7 +282,7 @@ def choose(notebook: str, every: bool) -> dict[str, Path]:
     if Path(notebook).is_file():
         found = {Path(notebook).stem: Path(notebook).resolve()}
     if bool(notebook) == every or not every and len(found) != 1:
-        raise ValueError(f"{notebook or 'bsap run'}: give one notebook, or --all. There are:{table(library)}")
+        raise ValueError(f"{notebook or 'bsap run'}: give one notebook, or --all. There are:{listing(library)}")
     return found
 
 
@@ -304,14 +301,15 @@ def run(notebook: str, pairs: list[tuple[str, str]], params: Path | None, name: 
     content = read_params(params, known) if params else SECTIONS | {"run_name": "" if pairs else "sample"}
     chosen = {s: path for s, path in chosen.items() if known[s] and s not in content["skip"] or not every}
     if listed:
-        return click.echo("\n".join(stem + table(known[stem]) for stem in chosen))
+        return click.echo("\n".join(stem + listing(known[stem]) for stem in chosen))
     given, targets, values = dict(pairs), {}, {}
     check_known("-p: no parameter", given, {n: p for stem in chosen for n, p in known[stem].items()})
     words = [v if v[:1].isalpha() and v not in ("True", "False", "None") else f"{n.lower()}-{v}" for n, v in pairs]
     results = slug([name] if name else [one for one in (content["run_name"], *words) if one])
+    defaults = {stem: {name: p["default"] for name, p in known[stem].items()} for stem in chosen}
     for stem in chosen:
-        wanted, parameters = content["all"] | content.get(stem, {}) | given, known[stem].items()
-        values[stem] = {n: typed(wanted[n], p["default"], f"{stem}: {n}") for n, p in parameters if n in wanted}
+        wanted = content["all"] | content.get(stem, {}) | given
+        values[stem] = {n: typed(wanted[n], d, f"{stem}: {n}") for n, d in defaults[stem].items() if n in wanted}
         targets[stem] = usable_folder(ROOT / (values[stem].get("OUT_DIR") or f"figures/{results}"), True, ROOT)
         read_manifest(targets[stem])
     usable_folder(Path("runs"), root=ROOT)
@@ -319,9 +317,7 @@ def run(notebook: str, pairs: list[tuple[str, str]], params: Path | None, name: 
     made_by = provenance()
     for stem, target in targets.items():
         try:
-            run_one(
-                chosen[stem], {n: p["default"] for n, p in known[stem].items()}, values[stem], folder, target, made_by
-            )
+            run_one(chosen[stem], defaults[stem], values[stem], folder, target, made_by)
         except ValueError as error:
             rest = ", ".join([*targets][[*targets].index(stem) + 1 :]) or "-"
             far = f"As far as it got: {shown(folder / stem)}.ipynb; not run: {rest}"
@@ -338,23 +334,21 @@ def doctor() -> None:
     """Say what is here, what is missing, and the next command to type; exit code 0 if the sample can be run."""
     from bsap_utils import download, scoring
 
-    (files, size), free = scoring.cache_usage(), shutil.disk_usage(ROOT).free
+    (files, size), free, wrong = scoring.cache_usage(), shutil.disk_usage(ROOT).free, []
     click.echo(f"bsap {__version__} in {ROOT}, Python {platform.python_version()} on {platform.system()}")
     click.echo(", ".join(f"{name} {INSTALLED.get(name, 'not installed')}" for name in PACKAGES[:-1]))
     click.echo(f"device {scoring.pick_device()}, {os.cpu_count()} cores, {free / 1e9:,.0f} GB of disk free")
     click.echo(f"kept features: {files:,} files, {size / 1e6:,.0f} MB")
-    wrong = []
-    for model in (f"local-dir:{ROOT}/data/clip-refshapes", "ViT-B-32"):
-        try:
-            click.echo(f"  + {model.replace(f'{ROOT}/', '')}: {shown(scoring.find_weights(model, 'openai'))}")
-        except scoring.ModelError as error:
-            click.echo(f"  - {error}")
-            wrong += [model] * model.startswith("local-dir:")
     try:
-        wrong += download.check(ROOT / "data/refshapes")[1]
-    except ValueError as error:
-        wrong.append(str(error))
+        scoring.find_weights(f"local-dir:{ROOT}/data/clip-refshapes")
+        wrong = download.check(ROOT / "data/refshapes")[1]
+    except (ValueError, scoring.ModelError) as error:
+        wrong = [str(error)]
     click.echo("\n".join(f"  - sample: {one}" for one in wrong) or "  + sample: complete")
+    try:
+        click.echo(f"  + ViT-B-32: {scoring.find_weights('ViT-B-32')}")
+    except scoring.ModelError as error:
+        click.echo(f"  - {error}")
     there = [name for name in (*download.SPLITS, "clip-scores") if (ROOT / "data" / name).is_dir()]
     click.echo(
         f"  {'+' if there else '-'} real data: {', '.join(there) or 'none yet (bsap data get refcoco --split val)'}"
