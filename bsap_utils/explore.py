@@ -80,6 +80,7 @@ class Explorer:
         self.pairs, self.image = pair_up(ds, candidates), scorer.encode_regions(ds, candidates, visual_prompts)
         self.boxes, self.figure = candidates[XYWH].to_numpy(), Figure(figsize=(plotting.DOUBLE_COLUMN, 2.9))
         self.competing = torch.from_numpy(ds.images.index.get_indexer(candidates["image_id"]))
+        self.weights: dict[tuple, float] = {}
 
     def scene(self, number: int) -> Scene:
         """Return scene 1, 2, …"""
@@ -106,11 +107,12 @@ class Explorer:
 
     def calibrated(self, setting: Setting) -> float:
         """Return w* at the setting's temperature, from train expressions; NaN where the data set has none."""
-        if "train" not in self.whole.splits:
-            return float("nan")
-        pooled = pool(self.logits(self.prompts(setting.bank), setting), setting.temperature)
-        unlabelled = self.logits(auxiliary_prompts("expressions", self.whole), setting)
-        return calibrated_weight(pooled, unlabelled.mean(1), self.competing)
+        key, train = (setting.template, setting.bank, setting.temperature), "train" in self.whole.splits
+        if train and key not in self.weights:
+            pooled = pool(self.logits(self.prompts(setting.bank), setting), setting.temperature)
+            unlabelled = self.logits(auxiliary_prompts("expressions", self.whole), setting)
+            self.weights[key] = calibrated_weight(pooled, unlabelled.mean(1), self.competing)
+        return self.weights[key] if train else float("nan")
 
     def score(self, name: str, s: Tensor, a: Tensor, pairs: Any, setting: Setting) -> tuple[Tensor, str]:
         """Return a method's scores of pairs [P], and their formula: BSAP has the setting's temperature and weight, or w*."""
@@ -132,9 +134,12 @@ class Explorer:
         s, a = (self.logits(texts, setting, scene.features) for texts in ([setting.text], self.prompts(setting.bank)))
         known, rows = scene.expressions[scene.expressions["text"].str.lower() == setting.text.lower()], {}
         truth = self.ds.annotations.loc[known["ann_id"], XYWH].to_numpy()[:1]
-        pairs = SimpleNamespace(expression=0 * scene.rows, candidate=scene.rows)
         for name in SHOWN:
-            scores, formula = self.score(name, s[scene.rows, 0], a, pairs, setting)
+            whole = name == "sinkhorn"  # which looks at all candidates there are, the others at each by itself
+            pairs = SimpleNamespace(
+                expression=0 * scene.rows, candidate=scene.rows if whole else torch.arange(len(scene.rows))
+            )
+            scores, formula = self.score(name, s[scene.rows, 0], a if whole else a[scene.rows], pairs, setting)
             if not scores.isnan().any():
                 best, place = (values.tolist() for values in scores.topk(min(2, len(scores))))
                 right = "✗✓"[int(box_iou(scene.boxes[place[0]], truth[0]) > 0.5)] if len(truth) else "–"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.browser
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--no-first-run"]  # fmt: skip
-PATIENCE = 60  # seconds, for a machine whose two cores are busy with other tests
+PATIENCE = 180  # seconds, for a machine whose two cores are busy with other tests
 PICTURE = ".jp-OutputArea-output .widget-html img"
 PHOTO = ROOT / "data/refshapes/images/mscoco/images/train2014/COCO_train2014_000000010002.jpg"
 SHOTS = ROOT / "runs/browser"
