@@ -1,15 +1,14 @@
 """Time the normalization: `python tests/benchmarks/normalization.py` prints and writes results/normalization.json.
 
-Two questions. How much longer than its matrix product does the region bias of 100,000 regions × 512 dimensions × 500
-auxiliary prompts take, and how much memory? How long do all nine methods take on groups of RefCOCO val's size? Times
-are the median of rounds in which everything runs once, so that a busy moment of the machine hits all alike; ratios
-within one run mean something on any machine.
+How much longer than its matrix product does the bias of 100,000 regions × 512 dimensions × 500 auxiliary prompts take, and
+how much memory? Does a bank of 100,000 prompts take time in proportion? How long do all methods, a table and slices take
+at RefCOCO's size? Seconds are the process's own (CPU), the median of rounds in which everything runs once: ratios within
+one run mean something on any machine, busy or not.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import time
@@ -21,123 +20,106 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
-from bsap_utils.evaluation import cluster_bootstrap, pick_regions
-from bsap_utils.normalization import METHODS, region_bias, region_bias_from_features
+from bsap_utils.evaluation import accuracy_by, rec_table
+from bsap_utils.normalization import METHODS, pool, shift_and_scale_from_features
+from bsap_utils.regions import Pairs
 
 RESULTS = Path(__file__).parent / "results" / "normalization.json"
-REGIONS, WIDTH, PROMPTS = 100_000, 512, 500
-IMAGES, REGIONS_AN_IMAGE, EXPRESSIONS, BANK = 1_500, 12, 10_834, 80
-ROUNDS = 11
 
 
-def seconds(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Return the seconds of each call in each of `rounds` rounds, after one round that does not count."""
+def seconds(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Return the median CPU seconds of each call over `rounds` rounds, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for counts in [False] + [True] * rounds:
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            if counts:
-                times[name].append(time.perf_counter() - start)
-    return times
+            times[name] += [time.process_time() - start] * counts
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def peak_mib(call: Callable[[], object]) -> float | None:
     """Return by how much memory rises above what is held now while `call` runs, in MiB; only Linux can tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
 
     def memory(name: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (man 5 proc)
     before = memory("VmRSS")
     call()
     return round((memory("VmHWM") - before) / 1024, 1)
 
 
-def ragged() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
-    """Return query and auxiliary logits and groups of RefCOCO val's size, and the image of each expression."""
+def features(count: int) -> torch.Tensor:
+    return normalize(torch.randn(count, 512), dim=1)
+
+
+def table_of_pairs(images: int, expressions: int, candidates: int) -> Pairs:
+    """Random pairs: `expressions` on `images`, each image with `candidates`."""
     generator = np.random.default_rng(0)
-    group = np.repeat(np.arange(IMAGES), generator.integers(1, 2 * REGIONS_AN_IMAGE, IMAGES))
-    image = np.concatenate([np.arange(IMAGES), generator.integers(0, IMAGES, EXPRESSIONS - IMAGES)])
-    count = np.bincount(image)
-    query, aux = (22 + 3 * generator.standard_normal((len(group), n), dtype=np.float32) for n in (count.max(), BANK))
-    query[np.arange(count.max()) >= count[group][:, None]] = np.nan
-    return torch.tensor(query), torch.tensor(aux), torch.tensor(group), image
+    image = np.sort(np.r_[np.arange(images), generator.integers(0, images, expressions - images)])
+    expression = np.repeat(np.arange(expressions), candidates)
+    candidate = image[expression] * candidates + np.tile(np.arange(candidates), expressions)
+    return Pairs(*map(torch.from_numpy, (expression, candidate, image[expression], generator.random(len(expression)))))
+
+
+def of_features() -> dict[str, float | None]:
+    """The bias in blocks against the matrix product, for a usual bank and a large one."""
+    regions, bank = features(100_000), features(500)
+    few, many = regions[:1000], features(100_000)
+    memory = {  # first: later calls find memory that is held already
+        "MiB above what is held": peak_mib(lambda: shift_and_scale_from_features(regions, bank, 100.0)),
+        "MiB, large bank (its scaled copy is 195)": peak_mib(lambda: shift_and_scale_from_features(few, many, 100.0)),
+    }
+    time_of = seconds({
+        "product": lambda: regions @ bank.T,
+        "in blocks": lambda: shift_and_scale_from_features(regions, bank, 100.0),
+        "at once, float64": lambda: pool(100 * (regions @ bank.T)),
+        "sinkhorn": lambda: shift_and_scale_from_features(regions, bank, 100.0, "sinkhorn"),
+        "product, large bank": lambda: few @ many.T,
+        "in blocks, large bank": lambda: shift_and_scale_from_features(few, many, 100.0),
+    })  # fmt: skip
+    return {
+        **{f"seconds, {name}": round(value, 3) for name, value in time_of.items()},
+        "ratio to the product": round(time_of["in blocks"] / time_of["product"], 2),
+        "ratio to the product, large bank": round(time_of["in blocks, large bank"] / time_of["product, large bank"], 2),
+    } | memory
+
+
+def of_pairs() -> dict[str, float | None]:
+    """All methods and the table at RefCOCO val's size, slices at that of the whole data set."""
+    pairs = table_of_pairs(1_500, 10_834, 13)
+    s, a = torch.randn(len(pairs)), torch.randn(1_500 * 13, 80)
+    options = {
+        "bsap_calibrated": {"mean_logit": a.mean(1), "image": torch.arange(1_500).repeat_interleave(13)},
+        "db_norm": {"image_logits": a},
+    }
+    scores = {name: method(s, a, pairs, **options.get(name, {})) for name, method in METHODS.items()}
+    whole = table_of_pairs(19_994, 142_210, 3)
+    three = {name: torch.rand(len(whole)) for name in ("clip", "bsap", "bsap_h")}
+    groups = pd.DataFrame(np.random.default_rng(0).integers(0, 3, (142_210, 3)), columns=["kind", "number", "size"])
+    slices = peak_mib(lambda: accuracy_by(whole, three, groups))
+    time_of = seconds({
+        f"all {len(METHODS)} methods": lambda: [
+            method(s, a, pairs, **options.get(name, {})) for name, method in METHODS.items()
+        ],
+        "rec_table of them": lambda: rec_table(pairs, scores),
+        "slices of 142,210 expressions": lambda: accuracy_by(whole, three, groups),
+    }, rounds=3)  # fmt: skip
+    return {f"seconds, {name}": round(value, 3) for name, value in time_of.items()} | {"MiB, slices": slices}
 
 
 def main() -> None:
-    load = os.getloadavg()[0]
     torch.manual_seed(0)
-    features = normalize(torch.randn(REGIONS, WIDTH), dim=1)
-    prompts = normalize(torch.randn(PROMPTS, WIDTH), dim=1)
-    blocks_mib = peak_mib(lambda: region_bias_from_features(features, prompts, 100.0))
-    bias = {
-        "matrix product": lambda: features @ prompts.T,
-        "region_bias_from_features": lambda: region_bias_from_features(features, prompts, 100.0),
-        "region_bias(100 * product)": lambda: region_bias(100 * (features @ prompts.T)),
-    }
-    whole_mib = peak_mib(bias["region_bias(100 * product)"])
-    times = seconds(bias)
-    fused = [a / b for a, b in zip(times["region_bias_from_features"], times["matrix product"], strict=True)]
-
-    query, aux, group, image = ragged()
-    methods: dict[str, Callable[[], object]] = {
-        name: lambda m=method: m(query, aux, group)  # type: ignore[misc]
-        for name, method in METHODS.items()
-    }
-    hits = np.random.default_rng(0).random((EXPRESSIONS, len(METHODS))) < 0.5
-    others = {
-        "pick_regions": lambda: pick_regions(query, group),
-        "cluster_bootstrap": lambda: cluster_bootstrap(hits, image),
-    }
-    times |= seconds(methods | others)
-    median = {name: statistics.median(values) for name, values in times.items()}
-
-    result = {
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_before": round(load, 2),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "region_bias": {
-            "shape": [REGIONS, WIDTH, PROMPTS],
-            "ratio_to_matrix_product": round(statistics.median(fused), 3),
-            "extra_memory_mib": blocks_mib,
-            "extra_memory_mib_without_blocks": whole_mib,
-        },
-        "ragged": {
-            "images": IMAGES,
-            "regions": len(group),
-            "expressions": EXPRESSIONS,
-            "slots": query.shape[1],
-            "prompts": BANK,
-            "nine_methods_seconds": round(sum(median[name] for name in METHODS), 4),
-        },
-        "seconds": {name: round(value, 5) for name, value in median.items()},
-    }
-    print(pd.Series(median, name="seconds (median)").to_string(float_format="%.4f"))
-    for part in ("machine", "region_bias", "ragged"):
-        print(f"\n{part}\n" + "\n".join(f"  {name}: {value}" for name, value in result[part].items()))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = RESULTS.with_suffix(".part")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    unfinished.replace(RESULTS)
-
-
-def processor() -> str:
-    """Return the processor's name as Linux tells it, else as Python knows it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+               "python": platform.python_version(), "torch": torch.__version__.split("+")[0]}  # fmt: skip
+    result = {"machine": machine, "from features": of_features(), "on pairs": of_pairs()}
+    for name, part in result.items():
+        print(pd.Series(part, name=name).to_string() + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
