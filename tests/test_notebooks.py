@@ -126,7 +126,9 @@ def test_rendering_keeps_no_widget_progress_bar_or_random_name():
     data = {"text/html": "<style>#T_1a2b3 td</style><table id=T_1a2b3>"}
     outputs = [new.new_output("stream", name="stderr", text="10%| |"), new.new_output("display_data", data),
                new.new_output("display_data", {render.WIDGET: {}, "text/plain": "Box()"})]  # fmt: skip
-    notebook = new.new_notebook(cells=[new.new_code_cell("1")], metadata={"kernelspec": {"name": "python3"}})
+    notebook = new.new_notebook(
+        cells=[new.new_code_cell("1")], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
     executed = new.new_notebook(cells=[new.new_code_cell("X = 1", metadata={"tags": ["injected-parameters"]}),
                                        new.new_code_cell("1", outputs=outputs)])  # fmt: skip
     rendered = render.with_outputs(notebook, executed)

@@ -27,7 +27,7 @@ from bsap_utils.regions import Pairs
 RESULTS = Path(__file__).parent / "results" / "normalization.json"
 
 
-def seconds(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+def seconds(calls: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
     """Return the median CPU seconds of each call over `rounds` rounds, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for counts in [False] + [True] * rounds:
