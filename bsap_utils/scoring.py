@@ -149,7 +149,7 @@ def find_weights(model: str, pretrained: str = "openai", problem: str = "") -> P
 
 def _refuse_plain_gelu(model: str, file: Path) -> None:
     """Raise ModelError where a checkpoint is OpenAI's and the model is without QuickGELU; warn where nobody can tell."""
-    marks, weight = f"{file.name} {file.parent}", torch.ones(1)
+    marks, weight = " ".join([file.name, *re.findall(r"models--[^/]+", str(file))]), torch.ones(1)  # of the hub's cache
     with contextlib.suppress(Exception):  # what cannot be read is explained where it is loaded
         state = open_clip.factory.load_state_dict(str(file))
         marks += " openai" * ("input_resolution" in state)
