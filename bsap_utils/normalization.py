@@ -135,9 +135,10 @@ def shift_and_scale_from_features(
     if name == "sinkhorn":
         offset -= prompt_potentials(lambda: (part @ bank for part in parts), **options)
         name, options = "bsap", {"temperature": options.get("temperature", 1.0)}
-    logits = (torch.addmm(offset, part, bank) for part in parts)
-    shift, scale = zip(*(_shift_and_scale(part, name, options) for part in logits), strict=True)
-    return torch.cat(shift).double(), torch.cat(scale).double()
+    result = torch.empty(2, len(features), dtype=torch.float64, device=features.device)  # pieces would fragment memory
+    for part, values in zip(parts, result.split(len(parts[0]), 1), strict=True):
+        values[0], values[1] = _shift_and_scale(torch.addmm(offset, part, bank), name, options)
+    return result[0], result[1]
 
 
 def prompt_potentials(blocks: Callable[[], Iterable[Tensor]], temperature: float = 1.0, iterations: int = 10) -> Tensor:
@@ -166,8 +167,8 @@ def qb_norm_dynamic(scores: Tensor, a: Tensor, temperature: float = 5.0) -> Tens
 
 def default_options(name: str) -> dict[str, Any]:
     """Return the options of METHODS[name] that have defaults, e.g. {"k": 128, "weight": 0.75} for "nnn"."""
-    function = _CORRECTIONS.get(name) or METHODS[name]
-    return {p.name: p.default for p in signature(function).parameters.values() if p.default is not p.empty}
+    parameters = signature(_CORRECTIONS.get(name) or METHODS[name]).parameters
+    return {key: p.default for key, p in parameters.items() if p.default is not p.empty}
 
 
 def _nearest(a: Tensor, k: int, weight: float) -> Tensor:
@@ -220,7 +221,6 @@ def _bsap_h(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.5, temperature
 
 
 def _tas(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.7) -> Tensor:
-    """The image's other expressions are the bank: their logits stand in the same table."""
     total = torch.zeros(len(a), dtype=torch.float64).index_add(0, pairs.candidate, s.double())[pairs.candidate]
     others = pairs.candidate.bincount(minlength=len(a))[pairs.candidate] - 1
     return s - weight * (total - s) / others.clamp(min=1)
