@@ -83,7 +83,7 @@ def rec_table(
         found = _means({"accuracy": hits, "delta": hits - hits[:, :1]}, clusters, seed)
         p = sign_flip_p(hits - hits[:, :1], clusters, seed=seed)
         parts.append(pd.DataFrame({
-            **_start({**({} if by is None else {by.name: level}), **setting}, list(scores), len(hits)),
+            **_start({**setting, **({} if by is None else {by.name: level})}, list(scores), len(hits)),
             "accuracy": found["accuracy"][0], "ci_low": found["accuracy"][1], "ci_high": found["accuracy"][2],
             "delta_vs_clip": found["delta"][0], "p_value": p.round(4),
             "delta_ci_low": found["delta"][1], "delta_ci_high": found["delta"][2],

@@ -85,9 +85,10 @@ def test_its_outputs_are_those_of_its_code(path):
 
 def papermill(notebook, out, *given, cwd=ROOT):
     command = [sys.executable, "-m", "papermill", str(notebook), str(out / "out.ipynb"), "--no-progress-bar"]
-    done = subprocess.run([*command, *given, "-p", "OUT_DIR", str(out)], cwd=cwd, capture_output=True, text=True)
+    results = ["-p", "OUT_DIR", str(out / "results")]
+    done = subprocess.run([*command, *given, *results], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return out
+    return out / "results"
 
 
 SMALL = ["-p", "SPLIT", "test", "-p", "MODEL", "local-dir:data/clip-refshapes", "-p", "LIMIT", "4"]
@@ -109,11 +110,11 @@ def test_a_method_of_ones_own_is_a_line_in_a_cell_and_runs_repeat_to_the_byte(tm
     tables = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        papermill(edited, tmp_path / name, *SMALL)
-        tables.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.csv")})
+        out = papermill(edited, tmp_path / name, *SMALL)
+        tables.append({file.name: file.read_bytes() for file in out.glob("*.csv")})
     assert tables[0] == tables[1]
-    assert "mine" in set(pd.read_csv(tmp_path / "a/table_rec.csv")["method"])
-    assert (tmp_path / "a/fig_rec.png").is_file()
+    assert "mine" in set(pd.read_csv(out / "table_rec.csv")["method"])
+    assert (out / "fig_rec.png").is_file()
 
 
 def test_a_notebook_needs_no_command_of_ours():
