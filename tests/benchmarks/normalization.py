@@ -2,15 +2,14 @@
 
 How much longer than its matrix product does the bias of 100,000 regions × 512 dimensions × 500 auxiliary prompts take, and
 how much memory? Does a bank of 100,000 prompts take time in proportion? How long do all methods, a table and slices take
-at RefCOCO's size? Seconds are the process's own (CPU), the median of rounds in which everything runs once: ratios within
-one run mean something on any machine, busy or not.
+at RefCOCO's size? Seconds are the process's own (CPU), the least of rounds in which everything runs once: neighbours on a
+busy machine only add to them.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -28,15 +27,15 @@ from bsap_utils.regions import Pairs
 RESULTS = Path(__file__).parent / "results" / "normalization.json"
 
 
-def seconds(calls: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
-    """Return the median CPU seconds of each call over `rounds` rounds, after one round that does not count."""
+def seconds(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Return the least CPU seconds of each call of `rounds` rounds, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for counts in [False] + [True] * rounds:
         for name, call in calls.items():
             start = time.process_time()
             call()
             times[name] += [time.process_time() - start] * counts
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def peak_mib(call: Callable[[], object]) -> float | None:
