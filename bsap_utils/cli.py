@@ -253,6 +253,16 @@ def beside_published(row: dict[str, str], folder: Path) -> list[str]:
     return lines
 
 
+def clean_html(element: str) -> str:
+    """Return HTML with headings, paragraphs and tables, which nbconvert's own filter escapes, but without any script."""
+    import bleach
+
+    blocks = ["p", "br", "hr", "h1", "h2", "h3", "h4", "pre", "span", "div"]
+    tags = {*bleach.ALLOWED_TAGS, *blocks, "table", "caption", "thead", "tbody", "tr", "th", "td"}
+    attributes = {"*": ["class", "id", "colspan", "rowspan", "scope"], "a": ["href"]}
+    return bleach.clean(re.sub(r"(?s)<style.*?</style>", "", element), tags=tags, attributes=attributes)
+
+
 def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: Path, made_by: dict[str, Any]) -> None:
     """Execute a notebook in the run's `folder`; then move its results to `target` and say so."""
     from nbconvert import HTMLExporter
@@ -267,7 +277,9 @@ def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: 
     parameters = defaults | values | {"OUT_DIR": shown(target)}
     entry = {"device": str(pick_device(parameters.get("DEVICE", "auto"))), "seconds": round(seconds, 1), **made_by}
     moved, alien = publish(staging, target, {"notebook": where, "parameters": parameters, **entry})
-    output.with_suffix(".html").write_text(HTMLExporter(sanitize_html=True).from_filename(str(output))[0], "utf-8")
+    page = HTMLExporter(sanitize_html=True)
+    page.register_filter("clean_html", clean_html)
+    output.with_suffix(".html").write_text(page.from_filename(str(output))[0], "utf-8")
     click.echo(f"{notebook.stem} took {seconds:.1f} s, {len(moved)} files to {shown(target)}/: {', '.join(moved)}")
     if alien:
         click.echo(f"  left as they are, since no run made them: {', '.join(alien)}; the new ones: {shown(staging)}/")
