@@ -29,36 +29,28 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
     >>> auxiliary_prompts("generic", size=2, seed=1)
     ['a picture', 'a blurry photo']
     """
-    texts = _texts_of(bank, ds)
-    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
-    if not prompts:
-        raise ValueError(f"The bank {bank!r} has no prompts.")
-    if size is None:
-        size = min(EXPRESSIONS, len(prompts)) if bank == "expressions" else len(prompts)
-    if not 1 <= size <= len(prompts):
-        raise ValueError(f"The bank {bank!r} has {len(prompts)} prompts; a size of {size} cannot be drawn from it.")
-    return [prompts[i] for i in np.sort(np.random.default_rng(seed).permutation(len(prompts))[:size])]
-
-
-def _texts_of(bank: str, ds: ReferDataset | None) -> list[str]:
-    if bank in ("coco80", "generic"):
-        return _lines(WORDS / f"{bank}.txt")
-    if bank not in BANKS:
-        if not Path(bank).is_file():
+    file = WORDS / f"{bank}.txt" if bank in ("coco80", "generic") else Path(bank)
+    if bank in ("categories", "attributes", "expressions"):
+        if ds is None:
             raise ValueError(
-                f"Unknown bank of auxiliary prompts {bank!r}: use {', '.join(BANKS)}, or a text file's path."
+                f"The bank {bank!r} is made from a data set: pass ds=load_refer(...), with all its splits."
             )
-        return _lines(Path(bank))
-    if ds is None:
-        raise ValueError(f"The bank {bank!r} is made from a data set: pass ds=load_refer(...), with all its splits.")
-    if bank != "expressions":
+        train = ds.expressions.loc[ds.expressions["split"] == "train", "text"]
+        if bank == "expressions" and train.empty:
+            raise DatasetError(f"The bank 'expressions' samples train expressions, and {ds.name} as passed has none "
+                               f"(splits: {ds.splits}). Pass the data set as loaded, before select(split=…).")  # fmt: skip
         colours = [f"{colour} " for colour in _lines(WORDS / "colours.txt")] if bank == "attributes" else [""]
-        return [colour + category for category in ds.categories for colour in colours]
-    train = ds.expressions.loc[ds.expressions["split"] == "train", "text"]
-    if train.empty:
-        raise DatasetError(f"The bank 'expressions' samples train expressions, and {ds.name} as passed has none "
-                           f"(splits: {ds.splits}). Pass the data set as loaded, before select(split=…).")  # fmt: skip
-    return sorted(set(train.str.lower()))
+        named = [colour + category for category in ds.categories for colour in colours]
+        texts = sorted(set(train.str.lower())) if bank == "expressions" else named
+    elif file.is_file():
+        texts = _lines(file)
+    else:
+        raise ValueError(f"Unknown bank of auxiliary prompts {bank!r}: use {', '.join(BANKS)}, or a text file's path.")
+    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    wanted = size or (min(EXPRESSIONS, len(prompts)) if bank == "expressions" else len(prompts))
+    if not 1 <= wanted <= len(prompts):
+        raise ValueError(f"The bank {bank!r} has {len(prompts)} prompts, too few for a size of {max(wanted, 1)}.")
+    return [prompts[i] for i in np.sort(np.random.default_rng(seed).permutation(len(prompts))[:wanted])]
 
 
 def _lines(path: Path) -> list[str]:

@@ -30,7 +30,6 @@ is a multiplicative csls. GR-CLIP needs features: `centred`. A bank for each ima
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -74,16 +73,13 @@ def bsap_hybrid(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.5, tempera
     return weight * candidate_softmax(s, pairs) + (1 - weight) * bsap(s, a, pairs, temperature)
 
 
-def candidate_softmax(s: Tensor, pairs: Pairs) -> Tensor:
-    """Return the softmax of s over the candidates of each expression, [P] -> [P] float64."""
-    return _log_softmax(s, pairs).exp()
-
-
-def _log_softmax(s: Tensor, pairs: Pairs) -> Tensor:
+def candidate_softmax(s: Tensor, pairs: Pairs, log: bool = False) -> Tensor:
+    """Return the softmax of s over the candidates of each expression, or its logarithm: [P] -> [P] float64."""
     s, count = s.double(), len(pairs.expression.bincount())
     top = s.new_zeros(count).scatter_reduce(0, pairs.expression, s, "amax", include_self=False)
     shifted = s - top[pairs.expression]
-    return shifted - s.new_zeros(count).index_add(0, pairs.expression, shifted.exp()).log()[pairs.expression]
+    shares = shifted - s.new_zeros(count).index_add(0, pairs.expression, shifted.exp()).log()[pairs.expression]
+    return shares if log else shares.exp()
 
 
 def _log_odds(s: Tensor, a: Tensor, pairs: Pairs, temperature: float) -> Tensor:
@@ -165,12 +161,6 @@ def qb_norm_dynamic(scores: Tensor, a: Tensor, temperature: float = 5.0) -> Tens
     return scores - pool(a, temperature)[:, None] * corrected
 
 
-def default_options(name: str) -> dict[str, Any]:
-    """Return the options of METHODS[name] that have defaults, e.g. {"k": 128, "weight": 0.75} for "nnn"."""
-    parameters = signature(_CORRECTIONS.get(name) or METHODS[name]).parameters
-    return {key: p.default for key, p in parameters.items() if p.default is not p.empty}
-
-
 def _nearest(a: Tensor, k: int, weight: float) -> Tensor:
     return weight * _pool(a.topk(min(k, a.shape[1])).values, math.inf)
 
@@ -212,7 +202,7 @@ def _corrected(name: str, s: Tensor, a: Tensor, pairs: Pairs, **options: Any) ->
 
 def _bsap_h(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.5, temperature: float = 1.0) -> Tensor:
     """Log-odds of BSAP-H, from logarithms: weight 0 ranks as BSAP and 1 as CLIP even where h rounds to 0 or 1."""
-    log_share, log_odds = _log_softmax(s, pairs), _log_odds(s, a, pairs, temperature)
+    log_share, log_odds = candidate_softmax(s, pairs, log=True), _log_odds(s, a, pairs, temperature)
     log_weight, log_rest = (math.log(w) if w else -math.inf for w in (weight, 1 - weight))
     # only one candidate can hold nearly all of the softmax, so keeping 1 − softmax off 0 ties nothing
     log_others = (-log_share.exp().clamp(max=1 - 1e-16)).log1p()

@@ -60,10 +60,10 @@ class BalancedIndex:
         method, options, first = own["method"], own["options"], not self.index.ntotal
         if method in ("sinkhorn", "bsap_calibrated", "db_norm") and not first:
             raise ValueError(f"{method} depends on the whole gallery: build an index of all images anew.")
-        given = images, self.aux_features, own["logit_scale"]
         if method in ("bsap_calibrated", "db_norm"):
             shift, scale = shift_and_scale(own["logit_scale"] * images @ self.aux_features.T, method, **options)
         else:
+            given = images, self.aux_features, own["logit_scale"]
             shift, scale = shift_and_scale_from_features(*given, method, **options)
         bias, sample = -shift / scale, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: 2**18]
         if first and len(bias) > 1 and bias.std() > 0:
@@ -126,13 +126,11 @@ class BalancedIndex:
                 raise ValueError(f"its part {damaged} is not as it was written")
             content = torch.load(path, weights_only=True)
             index, aux = faiss.deserialize_index(content["index"].numpy()), _matrix(content["aux_features"], "the bank")
-            flat, width = (
-                content["settings"]["factory"] == "Flat",
-                _layout(content["settings"]["factory"], aux.shape[1])[0],
-            )
-            if (index.metric_type, index.d, index.ntotal) != (faiss.METRIC_INNER_PRODUCT, width, content["count"]):
+            factory = content["settings"]["factory"]
+            wanted = (faiss.METRIC_INNER_PRODUCT, _layout(factory, aux.shape[1])[0], content["count"])
+            if (index.metric_type, index.d, index.ntotal) != wanted:
                 raise ValueError("its metric, dimension or count is not what its settings say")
-            for start in range(0, index.ntotal if flat else 0, 2**16):
+            for start in range(0, index.ntotal if factory == "Flat" else 0, 2**16):
                 _matrix(index.reconstruct_n(start, min(2**16, index.ntotal - start)), "the index")
             return cls(index, aux, content["settings"])
         except Exception as error:  # a damaged file raises nearly anything
@@ -153,7 +151,6 @@ def _matrix(features: Tensor | np.ndarray, name: str, dimension: int | None = No
     """Return features as a float32 matrix on the CPU. ValueError on another shape, NaN or infinite values."""
     tensor = torch.as_tensor(features).detach().to("cpu", torch.float32)
     if tensor.ndim != 2 or dimension not in (None, tensor.shape[1]) or not tensor.sum(dtype=torch.float64).isfinite():
-        raise ValueError(
-            f"{name} {list(tensor.shape)}: [rows, {dimension or 'dimensions'}] without NaN or inf is needed."
-        )
+        wanted = f"[rows, {dimension or 'dimensions'}] without NaN or inf"
+        raise ValueError(f"{name} {list(tensor.shape)}: {wanted} is needed.")
     return tensor

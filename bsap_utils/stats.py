@@ -81,19 +81,14 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def outcome(low: float, high: float, p: float = 0.0) -> str:
-    """Return better or worse if the interval leaves out 0 and the Holm-adjusted p-value, where given, is below 0.05."""
-    if not p < 0.05 or not (low > 0 or high < 0):
-        return "no difference shown"
-    return "better" if low > 0 else "worse"
-
-
 def verdict(name: str, delta: float, low: float, high: float, p: float = 0.0, unit: str = "points",
             reference: str = "CLIP") -> str:  # fmt: skip
-    """Return a difference and what it shows in one line.
+    """Return a difference in one line, and what it shows: better or worse if the interval leaves out 0 and the p-value
+    (Holm-adjusted, where there are several methods) is below 0.05.
 
     >>> verdict("BSAP", 2.71, 0.2, 5.64)
     'BSAP − CLIP: +2.7 points [+0.2, +5.6]: better'
     """
-    text = f"{name} − {reference}: {delta:+.1f} {unit} [{low:+.1f}, {high:+.1f}]: {outcome(low, high, p)}"
+    shown = ("better" if low > 0 else "worse") if p < 0.05 and (low > 0 or high < 0) else "no difference shown"
+    text = f"{name} − {reference}: {delta:+.1f} {unit} [{low:+.1f}, {high:+.1f}]: {shown}"
     return text.replace("+nan", "–").replace(" -", " −").replace("[-", "[−").replace("−0.0", "+0.0")

@@ -48,7 +48,7 @@ def test_a_file_of_ones_own(tmp_path):
     with pytest.raises(ValueError, match="UTF-8"):
         auxiliary_prompts(str(bank))
     bank.write_text("\n \n")
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="has 0 prompts"):
         auxiliary_prompts(str(bank))
 
 

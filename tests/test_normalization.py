@@ -17,7 +17,6 @@ from bsap_utils.normalization import (
     calibrated_weight,
     candidate_softmax,
     centred,
-    default_options,
     pool,
     prompt_potentials,
     qb_norm_dynamic,
@@ -310,15 +309,15 @@ def test_centring_takes_the_shared_component_off():
 
 
 def test_defaults_are_the_authors():
-    assert {
-        name: default_options(name) for name in ("clip", "bsap", "nnn", "csls", "qb_norm", "dn", "tas", "sinkhorn")
-    } == {
-        "clip": {},
+    s, a, pairs, _ = case(2, prompts=200)
+    options = {
         "bsap": {"temperature": 1.0},
         "nnn": {"k": 128, "weight": 0.75},
         "csls": {"k": 10, "weight": 0.5},
-        "qb_norm": {"temperature": 5.0},
+        "qb_norm": {"temperature": 5.0},  # β = 20 at CLIP's scale of 100
         "dn": {"weight": 0.5},
         "tas": {"weight": 0.7},
         "sinkhorn": {"temperature": 1.0, "iterations": 10},
     }
+    for name, theirs in options.items():
+        assert METHODS[name](s, a, pairs).equal(METHODS[name](s, a, pairs, **theirs))
