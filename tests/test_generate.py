@@ -65,6 +65,12 @@ def test_the_committed_masks_and_expressions_are_what_is_drawn(drawn):
         for root in (drawn, DATA)
     )  # fmt: skip
     assert one == other and len(one) > 20
+    one, other = ((root / "refshapes/attributes.csv").read_text().splitlines() for root in (drawn, DATA))
+    assert [line.split(",")[1:] for line in one if line.split(",")[0].isdigit()] == [
+        other[annotation["id"]].split(",")[1:]
+        for annotation in read(DATA / "refshapes/instances.json")["annotations"]
+        if annotation["image_id"] in images
+    ]
 
 
 def test_the_committed_benchmark_has_its_size():

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import faiss
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -349,17 +348,3 @@ def test_an_index_is_a_plain_one_with_one_more_coordinate(vectors):
     plain.add(torch.cat([images, -bias[:, None]], 1).numpy())
     _, by_hand = plain.search(torch.cat([100 * texts, torch.ones(len(texts), 1)], 1).numpy(), 5)
     assert (BalancedIndex.build(images, aux, 100.0).search(texts, 5)[1].numpy() == by_hand).mean() > 0.99
-
-
-def test_what_06_holds_for_true_is_what_was_drawn(sample, monkeypatch):
-    monkeypatch.syspath_prepend("data/refshapes")
-    import generate
-
-    truth = pd.read_csv("data/refshapes/refshapes/attributes.csv", index_col="ann_id")
-    assert truth.index.equals(sample.annotations.index)
-    assert truth["kind"].tolist() == sample.annotations["category"].astype(str).tolist()
-    for split, number in ((0, 0), (1, 7), (2, 159)):
-        things = generate.draw_scene(np.random.default_rng([2024, split, number])).objects
-        rows = truth[sample.annotations["image_id"] == split * 10_000 + number + 1]
-        drawn = [(thing.kind, thing.colour, thing.pattern, thing.size) for thing in things]
-        assert list(rows.itertuples(index=False, name=None)) == drawn

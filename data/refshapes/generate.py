@@ -552,6 +552,7 @@ class Benchmark:
     def __init__(self) -> None:
         self.images: list[dict] = []
         self.annotations: list[dict] = []
+        self.attributes = ["ann_id,kind,colour,pattern,size"]  # lines of a CSV: what is true of a thing, said or not
         self.refs: list[dict] = []
         self.detections: dict[str, list[list[float]]] = {}
         self.rpn: dict[str, list[list[float]]] = {}
@@ -582,6 +583,7 @@ class Benchmark:
             "bbox": list(map(float, thing.box)), "area": float(thing.mask.sum()), "iscrowd": 0,
             "segmentation": _run_length(thing.mask),
         })  # fmt: skip
+        self.attributes.append(f"{len(self.annotations)},{thing.kind},{thing.colour},{thing.pattern},{thing.size}")
         return self.annotations[-1]
 
     def _add_ref(self, annotation: dict, split: str, file_name: str, texts: list[str]) -> None:
@@ -615,6 +617,7 @@ def write_benchmark(root: Path | str, seed: int = 2024, images_per_split: int = 
     for (i, split), number in itertools.product(enumerate(SPLITS), range(images_per_split)):
         made.add_image([seed, i, number], split, i * 10_000 + number + 1, pictures)
     (root / "refshapes/refs(unc).p").write_bytes(pickle.dumps(made.refs, protocol=2))
+    (root / "refshapes/attributes.csv").write_text("\n".join([*made.attributes, ""]))
     for name, content in {
         "refshapes/instances.json": made.instances(seed),
         "refshapes_dets_dict.json": made.detections,
