@@ -29,14 +29,15 @@ _RELATIONS = {name: re.compile(rf"\b(?:{words})\b") for name, words in {
 }.items()}  # fmt: skip
 _DIRECTIONS = {word: name for name, words in {
     "left": "left leftmost", "right": "right rightmost", "top": "top topmost upper highest back background rear",
-    "bottom": "bottom lower lowest front foreground", "small": "small smaller smallest furthest farthest",
-    "big": "big bigger biggest large larger largest closest nearest closer", "middle": "middle center centre central",
+    "bottom": "bottom lower lowest front foreground", "small": "small smaller smallest shortest furthest farthest",
+    "big": "big bigger biggest large larger largest tallest closest nearest closer", "middle": "middle center centre central",
 }.items() for word in words.split()}  # fmt: skip
 _RANKS = {"1st": 1, "first": 1, "2nd": 2, "second": 2, "3rd": 3, "third": 3, "4th": 4, "fourth": 4}
 _WORD = f"({'|'.join(_DIRECTIONS)})"
 _RANKED = re.compile(rf"\b({'|'.join(_RANKS)})\b((?: \w+){{0,2}}?) from (?:the )?(?:far )?{_WORD}\b")
 _PLACED = re.compile(r"\b(?<!'s )(?<!his )(?<!her )(?<!whose )(?:(?:on|at|in|to) )?(?:the )?(?:far |very |most |f[ua]rthest )?"
-    rf"{_WORD}\b(?! (?:hand|arm|leg|foot|ear|eye|wing)\b)(?:(?: hand)? (?:sides?|corner|edge|half|end|row))?\b")  # fmt: skip
+    rf"{_WORD}(?: most)?\b(?! (?:hand|arm|leg|foot|ear|eye|wing)\b)(?:(?: hand)? (?:sides?|corner|edge|half|end|row))?\b"
+)  # fmt: skip
 _PICTURE = re.compile(r"\b(?:(?:of|in|on|to|from) (?:the |this )?|(?<=est ))(?:pic|picture|photo|image|screen|frame|shot|"
                       r"camera|you|us|me|viewer|two|three|four|group|bunch)\b(?! of)")  # fmt: skip
 _GARMENT = re.compile(r"\b((?:in|wearing|with)(?: (?!the )\w+){0,3}|tank|crop) top\b")

@@ -33,6 +33,8 @@ def show(tree):
         ("silver remote third from the right", "silver remote [right3]"),
         ("middle giraffe of the three", "giraffe [middle0]"),
         ("biggest pizza", "pizza [big]"),
+        ("tallest giraffe", "giraffe [big]"),
+        ("left most guy", "guy [left]"),
         ("cow closest to us", "cow [big]"),
         ("front row second from left", " [left2] [bottom]"),
         ("animal in front", "animal [bottom]"),
