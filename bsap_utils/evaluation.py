@@ -4,7 +4,7 @@
 taken to. Intervals and tests resample images. Tables hold percentages with two decimals, NaN where nothing can be said.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .datasets import XYWH, ReferDataset
+from .datasets import ReferDataset
 from .regions import Pairs
 from .stats import cluster_bootstrap, holm, sign_flip_p
 
-RIS_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+_RECALLS = ("recall_1", "recall_5", "recall_10", "delta_1", "delta_5", "delta_10")
 
 
 def pick(pairs: Pairs, scores: Tensor) -> Tensor:
@@ -58,10 +58,8 @@ def _means(parts: dict[str, np.ndarray], images: np.ndarray, seed: int, draws: i
     return dict(zip(parts, np.split(three, len(parts), axis=1), strict=True))
 
 
-def rec_table(
-    pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5, seed: int = 0, by: pd.Series | None = None,
-    **setting: Any,
-) -> pd.DataFrame:  # fmt: skip
+def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5, seed: int = 0,
+              by: pd.Series | None = None, **setting: Any) -> pd.DataFrame:  # fmt: skip
     """Return how often each method picks a candidate with IoU > `threshold` (strict, as ReCLIP's code): a row a method.
 
     Columns: `setting`, method, n, accuracy, ci_low, ci_high, delta_vs_clip (points, to the first method, whatever its
@@ -76,8 +74,7 @@ def rec_table(
     1   val   mine  2     100.0           50.0
     """
     rows, images = _picks(pairs, scores)
-    every = (pairs.iou[rows] > threshold).double().numpy().T
-    parts = []
+    every, parts = (pairs.iou[rows] > threshold).double().numpy().T, []
     for level, inside in ({"": slice(None)} if by is None else by.groupby(by.to_numpy(), sort=False).indices).items():
         hits, clusters = every[inside], images[inside]
         found = _means({"accuracy": hits, "delta": hits - hits[:, :1]}, clusters, seed)
@@ -106,16 +103,15 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     below = np.maximum(below, 1e-9)  # nothing but empty masks: oIoU 0
     value = above.sum(0) / below.sum(0)
     found = {"oiou": percent(np.stack([value, *cluster_bootstrap(above, images, below, seed=seed)]))}
-    precisions = {f"p{round(100 * t)}": (iou >= t).astype(np.float64) for t in RIS_THRESHOLDS}
+    precisions = {f"p{t}": (iou >= t / 100).astype(np.float64) for t in range(50, 100, 10)}
     found |= _means({"miou": iou, **precisions, "delta_miou": iou - iou[:, :1]}, images, seed)
     delta_oiou = np.stack([value - value[0], *cluster_bootstrap(above, images, below, seed=seed, reference=0)])
     deltas = {"delta_oiou": percent(delta_oiou), "delta_miou": found.pop("delta_miou")}
     columns = _start(setting, [*scores, "oracle"], len(iou))
     for name, (middle, low, high) in (found | deltas).items():
         columns |= {name + "_vs_clip" * (name in deltas): middle, f"{name}_low": low, f"{name}_high": high}
-    p = sign_flip_p(iou - iou[:, :1], images, seed=seed)
-    p_holm = np.r_[1.0, holm(p[1:-1]), np.nan]  # the oracle is no method
-    return pd.DataFrame({**columns, "p_value": p.round(4), "p_holm": p_holm.round(4)})
+    p = sign_flip_p(iou - iou[:, :1], images, seed=seed)  # the oracle is no method, and without p_holm
+    return pd.DataFrame({**columns, "p_value": p.round(4), "p_holm": np.r_[1.0, holm(p[1:-1]), np.nan].round(4)})
 
 
 def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
@@ -135,38 +131,31 @@ def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     return 1 + (scores > best).sum(0) + (equal & before).sum(0)
 
 
-def recall_table(
-    scores: Mapping[str, Tensor], relevant: Tensor, clusters: np.ndarray | None = None, ks: Sequence[int] = (1, 5, 10),
-    seed: int = 0, **setting: Any,
-) -> pd.DataFrame:  # fmt: skip
+def recall_table(scores: Mapping[str, Tensor], relevant: Tensor, seed: int = 0, **setting: Any) -> pd.DataFrame:
     """Return recall@k (percent) and median rank of each method, a row a method, from [N, T] scores and relevance.
 
-    Columns: `setting`, method, n; for each k recall_k and delta_k (points, to the first method), each with _low and
-    _high; median_rank, median_low, median_high. Intervals resample `clusters` [T] (each text its own where there are
-    none); that of the median holds the ranks up to which the share of texts may be 50 %.
+    Columns: `setting`, method, n; for k = 1, 5, 10 recall_k and delta_k (points, to the first method), each with _low
+    and _high; median_rank, median_low, median_high. Intervals resample texts.
     """
     found = {name: ranks(one, relevant).cpu().numpy() for name, one in scores.items()}
-    clusters = np.arange(relevant.shape[1]) if clusters is None else np.asarray(clusters)
-    reference = next(iter(found.values()))[:, None] <= np.array(ks)
-    rows = []
+    count, ks = relevant.shape[1], np.array([1, 5, 10])
+    reference, rows = next(iter(found.values()))[:, None] <= ks, []
     for rank in found.values():
         steps = np.unique(np.quantile(rank, np.linspace(0, 1, 201), method="lower"))
-        hit = rank[:, None] <= np.array(ks)
+        hit = rank[:, None] <= ks
         parts = np.concatenate([hit, hit * 1.0 - reference, rank[:, None] <= steps], 1)
-        low, high = cluster_bootstrap(parts, clusters, seed=seed)
-        values = percent(np.stack([parts.mean(0), low, high], 1))
+        low, high = cluster_bootstrap(parts, np.arange(count), seed=seed)
         row: dict[str, float] = {}
-        for name, three in zip([f"{kind}_{k}" for kind in ("recall", "delta") for k in ks], values, strict=False):
+        for name, *three in zip(_RECALLS, *percent(np.stack([parts.mean(0), low, high])), strict=False):
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), three, strict=True))
         shares = (high[-len(steps) :], low[-len(steps) :])
         bounds = [steps[(share >= 0.5).argmax()] if np.isfinite(share).all() else np.nan for share in shares]
         rows.append({**row, "median_rank": np.median(rank), "median_low": bounds[0], "median_high": bounds[1]})
-    start = pd.DataFrame(_start(setting, list(found), relevant.shape[1]))
-    return pd.concat([start, pd.DataFrame(rows)], axis=1)
+    return pd.concat([pd.DataFrame(_start(setting, list(found), count)), pd.DataFrame(rows)], axis=1)
 
 
 def accuracy_by(
-    pairs: Pairs, scores: Mapping[str, Tensor], groups: pd.Series | pd.DataFrame, threshold: float = 0.5, seed: int = 0
+    pairs: Pairs, scores: Mapping[str, Tensor], groups: pd.Series | pd.DataFrame, seed: int = 0
 ) -> pd.DataFrame:
     """Return accuracy in slices of the expressions: `groups` has a row an expression, in each column its slice.
 
@@ -174,15 +163,16 @@ def accuracy_by(
     the first method; intervals resample images, as in `rec_table`).
     """
     rows, images = _picks(pairs, scores)
-    hits = (pairs.iou[rows] > threshold).double().numpy().T
-    columns, parts = ["accuracy", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"], []
+    hits, parts = (pairs.iou[rows] > 0.5).double().numpy().T, []
     for aspect, labels in pd.DataFrame(groups).reset_index(drop=True).items():
         for name, inside in labels.groupby(labels, observed=True).indices.items():
             own = hits[inside]
             found = _means({"accuracy": own, "delta": own - own[:, :1]}, images[inside], seed, draws=2000)
-            numbers = dict(zip(columns, [*found["accuracy"], *found["delta"]], strict=True))
-            start = {"aspect": aspect, "slice": name, "method": list(scores), "n": len(own)}
-            parts.append(pd.DataFrame({**start, **numbers}))
+            parts.append(pd.DataFrame({
+                "aspect": aspect, "slice": name, "method": list(scores), "n": len(own),
+                **dict(zip(("accuracy", "ci_low", "ci_high"), found["accuracy"], strict=True)),
+                **dict(zip(("delta_vs_clip", "delta_ci_low", "delta_ci_high"), found["delta"], strict=True)),
+            }))  # fmt: skip
     return pd.concat(parts, ignore_index=True)
 
 
@@ -204,39 +194,17 @@ def expression_kind(texts: pd.Series) -> pd.Series:
 def expression_slices(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
     """Return a row an expression for `accuracy_by`: its kind, and thirds by number of candidates and size of target."""
     texts, image_ids = ds.expressions["text"], ds.expressions["image_id"]
-    number = image_ids.map(candidates.groupby("image_id").size())
     area = ds.annotations[["w", "h"]].prod(axis=1).loc[ds.expressions["ann_id"]].set_axis(texts.index)
     kinds = pd.CategoricalDtype(["attributes", "place", "relation"])
     return pd.DataFrame({
         "kind of expression": expression_kind(texts).astype(kinds),
-        "candidates in the image": _thirds(number, lambda part: f"{part.min()}–{part.max()}"),
-        "size of the region": _thirds(area),
+        "candidates in the image": _thirds(image_ids.map(candidates.groupby("image_id").size())),
+        "size of the region": _thirds(area, ["small", "medium", "large"]),
     })  # fmt: skip
 
 
-def _thirds(values: pd.Series, label: Callable[[pd.Series], str] | None = None) -> pd.Series:
-    """Cut values into thirds, as far as ties allow, labelled by their range or as small, medium, large."""
-    codes = pd.qcut(values.rank(method="average"), 3, labels=False, duplicates="drop").fillna(0).astype(int)
-    codes = codes.rank(method="dense").astype(int) - 1
-    names = [
-        label(values[codes == code]) if label else ("small", "medium", "large")[code] for code in sorted(codes.unique())
-    ]
-    return pd.Series(pd.Categorical.from_codes(codes, names), values.index)
-
-
-def predictions(
-    pairs: Pairs, scores: Mapping[str, Tensor], ds: ReferDataset, candidates: pd.DataFrame, threshold: float = 0.5
-) -> pd.DataFrame:
-    """Return what each method picks, a row an expression and method, expressions in order.
-
-    Columns sent_id, image_id, ann_id, text, method; candidate (row of `candidates`), iou, of masks intersection and
-    union; score; x, y, w, h; correct (IoU > `threshold`).
-    """
-    expressions = ds.expressions.reset_index()[["sent_id", "image_id", "ann_id", "text"]]
-    table, parts = pairs.frame().drop(columns=["expression", "image"]), []
-    for name, one in scores.items():
-        rows = pick(pairs, one)
-        picked = table.iloc[rows.numpy()].assign(score=one[rows].numpy()).reset_index(drop=True)
-        boxes = candidates[XYWH].iloc[picked["candidate"]].reset_index(drop=True)
-        parts.append(pd.concat([expressions.assign(method=name), picked, boxes], axis=1))
-    return pd.concat(parts, ignore_index=True).assign(correct=lambda frame: frame["iou"] > threshold)
+def _thirds(values: pd.Series, names: Sequence[str] = ()) -> pd.Series:
+    """Cut values into thirds, as far as ties allow, with `names` or labelled by their range."""
+    codes = pd.qcut(values.rank(), 3, labels=False, duplicates="drop").fillna(0).rank(method="dense").astype(int) - 1
+    ranges = values.groupby(codes).agg(lambda part: f"{part.min()}–{part.max()}")
+    return pd.Series(pd.Categorical.from_codes(codes, names or list(ranges)), values.index)

@@ -14,33 +14,28 @@ from .stats import cluster_bootstrap
 OBJECT, LOOSE, GROUND = "object", "part or loose box", "bare ground"  # kinds of candidate, by IoU with the objects
 
 
-def sums_of_squares(logits: Tensor, image: Tensor | None = None) -> pd.DataFrame:
-    """Return the two-way decomposition of the variance of logits [C, T], a row a candidate: region, text, interaction.
+def sums_of_squares(logits: Tensor, image: Tensor) -> pd.DataFrame:
+    """Return what the region alone and its interaction with texts add to the variance of logits [C, T]: a row a candidate.
 
-    logit = mean + text + region + interaction (Scheffé, The Analysis of Variance, 1959, §4.2). With `image` [C] the text
-    effect is that of a text *in its image*, which cannot change what is picked, and region effects are about its mean.
+    logit = effect of the text in its image + region + interaction (Scheffé, The Analysis of Variance, 1959, §4.2): the
+    first cannot change what is picked; region effects are about the mean of their image [C].
 
-    >>> sums_of_squares(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
-       region  text  interaction
-    0     4.5   2.0          0.5
-    1     4.5   2.0          0.5
+    >>> sums_of_squares(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0, 0]))
+       region  interaction
+    0     4.5          0.5
+    1     4.5          0.5
     """
-    image = torch.zeros(len(logits), dtype=torch.long) if image is None else image
     count = image.bincount()[:, None]
 
-    def image_mean(values: Tensor) -> Tensor:
-        return (values.new_zeros(len(count), values.shape[1]).index_add(0, image, values) / count.clamp(min=1))[image]
+    def about_image(values: Tensor) -> Tensor:
+        total = values.new_zeros(len(count), values.shape[1]).index_add(0, image, values)
+        return values - (total / count.clamp(min=1))[image]
 
-    mean = logits.double().mean(1, keepdim=True)
-    region = mean - image_mean(mean)
-    text, interaction = torch.zeros(2, len(logits), dtype=torch.float64)
+    region = about_image(logits.double().mean(1, keepdim=True))
+    interaction = torch.zeros(len(logits), dtype=torch.float64)
     for columns in logits.split(max(2**22 // len(logits), 1), 1):  # bounded memory
-        values = columns.double()
-        expected = image_mean(values)
-        text += (expected - mean.mean()).square().sum(1)
-        interaction += (values - expected - region).square().sum(1)
-    parts = {"region": logits.shape[1] * region[:, 0].square(), "text": text, "interaction": interaction}
-    return pd.DataFrame({name: part.numpy() for name, part in parts.items()})
+        interaction += (about_image(columns.double()) - region).square().sum(1)
+    return pd.DataFrame({"region": logits.shape[1] * region[:, 0].square().numpy(), "interaction": interaction.numpy()})
 
 
 def region_share(logits: Tensor, image: Tensor) -> float:
@@ -52,16 +47,13 @@ def region_share(logits: Tensor, image: Tensor) -> float:
     >>> region_share(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), torch.tensor([0, 0]))
     0.9
     """
-    region, _, interaction = sums_of_squares(logits, image).sum()
+    region, interaction = sums_of_squares(logits, image).sum()
     return region / (region + interaction) if region + interaction else np.nan
 
 
-def variance_shares(logits: Tensor, image: Tensor, compete: bool = True, seed: int = 0) -> pd.Series:
-    """Return the shares region, text and interaction, and region_low and region_high (95 %, resampling images).
-
-    With `compete` within images and without the text's effect: region is then `region_share`.
-    """
-    sums = sums_of_squares(logits, image).assign(text=np.nan) if compete else sums_of_squares(logits)
+def variance_shares(logits: Tensor, image: Tensor, seed: int = 0) -> pd.Series:
+    """Return the shares region (`region_share`) and interaction, and region_low and region_high (95 %, over images)."""
+    sums = sums_of_squares(logits, image).assign(text=np.nan)  # the text's effect is left out
     total = sums.sum(axis=1).to_numpy()[:, None]
     low, high = cluster_bootstrap(sums[["region"]].to_numpy(), image.numpy(), total, seed=seed)
     shares = sums.sum(min_count=1) / total.sum()
@@ -107,64 +99,34 @@ def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, see
     members, generator = pd.Series(codes).groupby(codes).indices, np.random.default_rng(seed)
     drawn = generator.integers(len(names), size=(draws if len(names) > 1 else 0, len(names)))
     samples = [np.arange(len(codes)), *(np.concatenate([members[code] for code in row]) for row in drawn)]
-    values = np.array([[_hubness(column[rows]) for column in counts.to_numpy().T] for rows in samples])
-    rows = []
-    for j, method in enumerate(counts):
-        for m, measure in enumerate(("skewness", "gini", "never")):
-            own, delta = values[:, j, m], values[:, j, m] - values[:, 0, m]
-            rows.append([method, measure, own[0], *_bounds(own[1:]), delta[0], *_bounds(delta[1:])])
-    numbers = ["value", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"]
-    return pd.DataFrame(rows, columns=["method", "measure", *numbers])
+    values = np.array([[_hubness(column[rows]) for column in counts.to_numpy().T] for rows in samples])  # [draws, K, 3]
+    table = pd.MultiIndex.from_product([counts, ("skewness", "gini", "never")], names=["method", "measure"]).to_frame(
+        False
+    )
+    for name, stem, part in (("value", "ci", values), ("delta_vs_clip", "delta_ci", values - values[:, :1])):
+        flat = pd.DataFrame(part.reshape(len(samples), -1))
+        low, high = flat[1:].quantile([0.025, 0.975]).to_numpy()  # without NaN: a resample may lack all that varies
+        table = table.assign(**{name: flat.loc[0], f"{stem}_low": low, f"{stem}_high": high})
+    return table
 
 
 def _hubness(counts: np.ndarray) -> list[float]:
     return [skew(counts) if np.ptp(counts) else np.nan, gini(counts), (counts == 0).mean()]
 
 
-def _bounds(values: np.ndarray) -> np.ndarray:
-    values = values[np.isfinite(values)]  # a resample may lack all that varies
-    return np.quantile(values, [0.025, 0.975]) if len(values) else np.full(2, np.nan)
-
-
 def region_traits(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
     """Return what might make a candidate a hub, a row a candidate.
 
     kind: OBJECT (IoU ≥ 0.5 with one), GROUND (IoU < 0.1 with every object) or else LOOSE; framing: the highest IoU;
-    category: of that object, missing if not OBJECT; size: share of the image; off_centre: 0 in the middle, 1 in a corner;
-    height of its centre, 0 at the bottom, 1 at the top; contrast: standard deviation of its grey values (0 … 1).
+    category: of that object, missing if not OBJECT.
     """
     objects = ds.annotations.loc[ds.annotations["iscrowd"] == 0, ["image_id", *XYWH, "category"]]
-    both = (
-        candidates[["image_id", *XYWH]]
-        .rename_axis("row")
-        .reset_index()
-        .merge(objects, on="image_id", suffixes=("", "_o"))
-    )
+    own = candidates[["image_id", *XYWH]].rename_axis("row").reset_index()
+    both = own.merge(objects, on="image_id", suffixes=("", "_o"))
     both["iou"] = box_iou(both[XYWH].to_numpy(), both[[f"{side}_o" for side in XYWH]].to_numpy())
     best = both.sort_values("iou", ascending=False, kind="stable").drop_duplicates("row").set_index("row")
     best = best.reindex(np.arange(len(candidates)))
     framing = best["iou"].fillna(0).to_numpy()
-    image = ds.images.loc[candidates["image_id"], ["width", "height"]].to_numpy(float)
-    boxes = candidates[XYWH].to_numpy(float)
-    centre = (boxes[:, :2] + boxes[:, 2:] / 2) / image
-    return pd.DataFrame({
-        "kind": np.select([framing >= 0.5, framing < 0.1], [OBJECT, GROUND], LOOSE),
-        "category": best["category"].where(framing >= 0.5, None).to_numpy(),
-        "framing": framing,
-        "size": boxes[:, 2:].prod(1) / image.prod(1),
-        "off_centre": np.linalg.norm((centre - 0.5) * image, axis=1) / np.linalg.norm(image / 2, axis=1),
-        "height": 1 - centre[:, 1],
-        "contrast": _contrast(ds, candidates),
-    })  # fmt: skip
-
-
-def _contrast(ds: ReferDataset, candidates: pd.DataFrame) -> np.ndarray:
-    contrast = np.empty(len(candidates))
-    for image_id, rows in candidates.groupby("image_id", sort=False).indices.items():
-        grey = np.asarray(ds.load_image(image_id).convert("L"), dtype=np.float64) / 255
-        x, y, w, h = candidates[XYWH].to_numpy()[rows].T
-        edges = np.floor([y, x]).astype(int).T, np.ceil([y + h, x + w]).astype(int).T
-        contrast[rows] = [
-            grey[top:bottom, left:right].std() for (top, left), (bottom, right) in zip(*edges, strict=True)
-        ]
-    return contrast
+    kind = np.select([framing >= 0.5, framing < 0.1], [OBJECT, GROUND], LOOSE)
+    category = best["category"].where(framing >= 0.5, None).to_numpy()
+    return pd.DataFrame({"kind": kind, "category": category, "framing": framing})
