@@ -4,8 +4,6 @@ Importing this module sets the defaults of matplotlib and of pandas' HTML. Text 
 mathematics (`parse_math=True` asks for it). A figure of one notebook only is a cell of it, made of the helpers here.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 import warnings
@@ -32,19 +30,15 @@ from .datasets import XYWH, ReferDataset, write_file
 from .evaluation import pick
 from .regions import Pairs, box_iou, decode_masks
 
-SINGLE_COLUMN, DOUBLE_COLUMN = 3.4, 7.0  # inches
-METHOD_LABELS = {
-    "clip": "CLIP", "bsap": "BSAP", "bsap_h": "BSAP-H", "bsap_minmax": "BSAP min–max", "bsap_zscore": "BSAP z-score",
-    "bsap_calibrated": "BSAP, weight w*", "subtraction": "Subtraction", "dn": "Distribution norm.", "tas": "TAS",
-    "nnn": "NNN", "csls": "CSLS", "qb_norm": "QB-Norm", "qb_norm_dynamic": "QB-Norm, dynamic", "sinkhorn": "Sinkhorn",
-    "db_norm": "DB-Norm", "centred": "Centred features", "oracle": "Best candidate", "chance": "Chance",
-}  # fmt: skip
-# Okabe and Ito's palette, completed from Paul Tol's: told apart with every common kind of colour vision.
-METHOD_COLOURS = {
-    "clip": "#D55E00", "bsap": "#0072B2", "bsap_h": "#56B4E9", "bsap_minmax": "#009E73", "bsap_zscore": "#332288",
-    "bsap_calibrated": "#000000", "subtraction": "#E69F00", "dn": "#999933", "tas": "#117733", "nnn": "#CC79A7",
-    "csls": "#AA4499", "qb_norm": "#882255", "qb_norm_dynamic": "#CC6677", "sinkhorn": "#661100", "db_norm": "#DDAA33",
-    "centred": "#44AA99", "oracle": "#9A9A9A", "chance": "#9A9A9A",
+DOUBLE_COLUMN = 7.0  # inches
+# name -> label and colour, of Okabe and Ito's palette, completed from Paul Tol's: told apart with every kind of colour vision
+METHODS = {
+    "clip": ("CLIP", "#D55E00"), "bsap": ("BSAP", "#0072B2"), "bsap_h": ("BSAP-H", "#56B4E9"), "tas": ("TAS", "#117733"),
+    "bsap_minmax": ("BSAP min–max", "#009E73"), "bsap_zscore": ("BSAP z-score", "#332288"), "nnn": ("NNN", "#CC79A7"),
+    "bsap_calibrated": ("BSAP, weight w*", "#000000"), "subtraction": ("Subtraction", "#E69F00"), "csls": ("CSLS", "#AA4499"),
+    "dn": ("Distribution norm.", "#999933"), "qb_norm": ("QB-Norm", "#882255"), "sinkhorn": ("Sinkhorn", "#661100"),
+    "qb_norm_dynamic": ("QB-Norm, dynamic", "#CC6677"), "db_norm": ("DB-Norm", "#DDAA33"), "chance": ("Chance", "#9A9A9A"),
+    "centred": ("Centred features", "#44AA99"), "oracle": ("Best candidate", "#9A9A9A"),
 }  # fmt: skip
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#999933")  # what is no method
 TRUTH_COLOUR, BLANK = "#FFFFFF", {"frame_on": False, "xticks": [], "yticks": []}
@@ -70,23 +64,21 @@ _greys: dict[str, str] = {}  # names that are no method of ours, in order of app
 
 
 def label(method: str) -> str:
-    """Return a method's name for readers; of one that is not in the table, the name itself.
-
-    >>> label("bsap_h"), label("mine")
-    ('BSAP-H', 'mine')
-    """
-    return METHOD_LABELS.get(method, plain(method))
+    """Return a method's name for readers; of one that is not in the table, the name itself."""
+    return METHODS[method][0] if method in METHODS else plain(method)
 
 
 def colour(method: str) -> str:
     """Return a method's colour; a method that is not in the table gets a grey, the next one another."""
-    return METHOD_COLOURS.get(method) or _greys.setdefault(method, ("0.25", "0.45", "0.62")[len(_greys) % 3])
+    if method in METHODS:
+        return METHODS[method][1]
+    return _greys.setdefault(method, ("0.25", "0.45", "0.62")[len(_greys) % 3])
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """Return a colour for each name: its own where methods are among them, else one of `SERIES`."""
     names = list(dict.fromkeys(names))
-    of_methods = bool(METHOD_COLOURS.keys() & names)
+    of_methods = bool(METHODS.keys() & names)
     return {name: colour(name) if of_methods else SERIES[i % len(SERIES)] for i, name in enumerate(names)}
 
 
@@ -97,22 +89,18 @@ def plain(text: Any, width: int = 0, lines: int = 2) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) if width else text
 
 
-def show_table(frame: pd.DataFrame, digits: int = 1) -> pd.io.formats.style.Styler:
-    """Return a table for readers: labelled, intervals in brackets after their number, "–" where a number is missing.
-
-    The bounds of `accuracy` are ci_low and ci_high, those of other columns NAME_low and NAME_high, as in our tables.
-    """
+def show_table(frame: pd.DataFrame, digits: int = 1) -> Any:
+    """Return one of our tables for readers: labelled, intervals in brackets, "–" where a number is missing."""
     shown = pd.DataFrame(index=frame.index.map(lambda name: label(name) if isinstance(name, str) else name))
-    for name in frame.columns:
-        stem = {"accuracy": "ci", "delta_vs_clip": "delta_ci", "median_rank": "median"}.get(name, name)
-        low, high = (f"{stem.removesuffix('_vs_clip')}_{side}" for side in ("low", "high"))
-        sign = "+" * name.startswith("delta")
-        texts = [_written(value, digits + 3 * name.startswith("p_"), sign) for value in frame[name]]
-        if low in frame:
-            bounds = ([_written(value, digits, sign) for value in frame[side]] for side in (low, high))
-            texts = [f"{text} [{left}, {right}]" for text, left, right in zip(texts, *bounds, strict=True)]
-        if not name.endswith(("_low", "_high")):
-            shown[COLUMN_LABELS.get(name, name.replace("_", " "))] = texts
+    for name in frame.columns[~frame.columns.str.endswith(("_low", "_high"))]:
+        stems = {"accuracy": "ci", "delta_vs_clip": "delta_ci", "median_rank": "median"}
+        stem = stems.get(name, name.removesuffix("_vs_clip"))
+        sign, places = "+" * name.startswith("delta"), digits + 3 * name.startswith("p_")
+        texts = [_written(value, places, sign) for value in frame[name]]
+        if f"{stem}_low" in frame:
+            bounds = frame[[f"{stem}_low", f"{stem}_high"]].map(_written, digits=digits, sign=sign).to_numpy()
+            texts = [f"{text} [{low}, {high}]" for text, (low, high) in zip(texts, bounds, strict=True)]
+        shown[COLUMN_LABELS.get(name, name.replace("_", " "))] = texts
     style = shown.style.format(escape="html").format_index(escape="html")
     return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style
 
@@ -124,15 +112,12 @@ def _written(value: Any, digits: int, sign: str = "") -> str:
 
 
 def save(figure: Figure, stem: Path | str, caption: str) -> None:
-    """Write `figure` to `stem`.png, in few colours, and to `stem`.svg if no picture is in it; same figure, same bytes.
-
-    The caption stands in both files' metadata as Description. Raises DatasetError where a file cannot be written.
-    """
+    """Write `figure` to `stem`.png, in few colours, and `stem`.svg if no picture is in it, with its caption; same bytes."""
     drawn, info, meta = io.BytesIO(), PngInfo(), {"Date": None, "Description": plain(caption)}
     has_pictures = bool(figure.findobj(lambda artist: isinstance(artist, AxesImage | BboxImage)))
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
-    few = with_palette(picture) if has_pictures else picture.quantize(method=Image.Quantize.MAXCOVERAGE)
+    few = _dithered(picture) if has_pictures else picture.quantize(method=Image.Quantize.MAXCOVERAGE)
     info.add_itxt("Description", plain(caption))
     options = {"optimize": True, "pnginfo": info, "dpi": picture.info["dpi"]}
     write_file(Path(f"{stem}.png"), lambda path: few.save(path, "PNG", **options))
@@ -140,35 +125,28 @@ def save(figure: Figure, stem: Path | str, caption: str) -> None:
         write_file(Path(f"{stem}.svg"), lambda path: figure.savefig(path, format="svg", metadata=meta))
 
 
-def with_palette(picture: Image.Image, most: int = 128) -> Image.Image:
-    """Return a photograph in few colours, dithered: much the same to the eye, and as PNG half as large or less."""
-    # the default, median cut, loses what is small and bright; and PIL dithers only onto a palette that it is given,
-    # which of all 16 million colours would take a minute: so of 32,768, white among them
-    picture = picture.convert("RGB")
+def _dithered(picture: Image.Image) -> Image.Image:
+    """A photograph in 128 colours, dithered: much the same to the eye, and as PNG half as large or less."""
+    # PIL dithers only onto a palette that it is given, and finding one among all 16 million colours would take a minute
     coarse = ImageOps.posterize(picture, 5).point(lambda value: value * 255 // 248)
-    palette = coarse.quantize(most, Image.Quantize.MAXCOVERAGE)
+    palette = coarse.quantize(128, Image.Quantize.MAXCOVERAGE)  # median cut would lose what is small and bright
     return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
-def intervals(
-    table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low", high: str = "ci_high", row: str = "method",
-    hue: str | None = None, axis: Axes | None = None, zero: bool = False, marks: Mapping[str, float] | None = None,
-    digits: int = 1, **labels: Any,
-) -> Figure:  # fmt: skip
-    """Show points with intervals: a line a level of `row`, from the top, and one below the other the levels of `hue`.
+def intervals(table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low", high: str = "ci_high",
+              row: str = "method", hue: str | None = None, axis: Axes | None = None, zero: bool = False,
+              digits: int = 1, **labels: Any) -> Figure:  # fmt: skip
+    """Return the figure of points with intervals: a line a level of `row`, from the top, in it one a level of `hue`.
 
-    `zero` draws the line of no difference and signs the numbers; `marks` are dotted lines, name → value; `labels` (title,
-    xlabel) go to `Axes.set`. A missing number is a dash. Returns the figure, a new one unless there is an `axis`.
+    `zero` draws the line of no difference and signs the numbers; `labels` (title, xlabel) go to `Axes.set`.
     """
     rows, groups = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[hue])) if hue else [""]
     shifts = {group: 0.7 * ((number + 0.5) / len(groups) - 0.5) for number, group in enumerate(groups)}
     axis = axis or plt.subplots(figsize=(0.72 * DOUBLE_COLUMN, 0.12 * len(rows) * (1 + len(groups)) + 0.85))[1]
     names = axis.yaxis.major.__dict__.setdefault("names", [label(str(level)) for level in rows])  # one order, if shared
-    paint = colours(table[hue or row]) if hue or set(rows) & set(METHOD_COLOURS) else dict.fromkeys(rows, SERIES[0])
-    for name, at in {**({"": 0.0} if zero else {}), **(marks or {})}.items():
-        axis.axvline(at, color="0.35", linewidth=1, linestyle=":" if name else "-", zorder=0)
-        axis.annotate(name, (at, 1), (2, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      va="top", fontsize=7, color="0.35", rotation=90)  # fmt: skip
+    paint = colours(table[hue or row]) if hue or METHODS.keys() & rows else dict.fromkeys(rows, SERIES[0])
+    if zero:
+        axis.axvline(0, color="0.35", linewidth=1, zorder=0)
     for entry in table.to_dict("records"):
         y = names.index(label(str(entry[row]))) + shifts[entry[hue] if hue else ""]
         tone, text = paint[entry[hue or row]], _written(float(entry[value]), digits, "+" if zero else "")
@@ -176,70 +154,56 @@ def intervals(
         axis.plot(entry[value], y, "o", color=tone, markersize=4.5)
         axis.annotate(text, (1, y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                       va="center", fontsize=7.5, color=tone)  # fmt: skip
-    axis.set_yticks(range(len(names)), names)
     measure = "difference to CLIP, points" if zero else COLUMN_LABELS.get(value, value)
-    axis.set(**{"ylim": (len(names) - 0.4, -0.6), "xlabel": f"{measure}, 95 % interval", "axisbelow": True} | labels)
+    axis.set(yticks=range(len(names)), yticklabels=names, axisbelow=True, ylim=(len(names) - 0.4, -0.6))
+    axis.set(**{"xlabel": f"{measure}, 95 % interval"} | labels)
     axis.grid(axis="x", color="0.92")
-    if hue:
-        _legend(axis, paint, "o")
-    return axis.get_figure(root=True)  # type: ignore[return-value]
+    return _legend(axis, paint if hue else {}, "o")
 
 
-def curves(
-    table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str | None = None, high: str | None = None,
-    axis: Axes | None = None, log: str = "", marker: str = "o", **labels: Any,
-) -> Figure:  # fmt: skip
-    """Show lines with bands from `low` to `high`, a line a level of `hue`; `log` names the logarithmic axes, as "xy".
+def curves(table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str | None = None, high: str | None = None,
+           axis: Axes | None = None, log: str = "", marker: str = "o", **labels: Any) -> Figure:  # fmt: skip
+    """Return the figure, a new one unless there is an `axis`, of lines with bands from `low` to `high`.
 
-    An infinite x, as of a temperature, is ∞ at the right end. `labels` (title, xlabel, ylabel) go to `Axes.set`.
-    Returns the figure, a new one unless there is an `axis`.
+    With `log="x"` an infinite x, as of a temperature, is ∞ at the right end. `labels` (xlabel, title) go to `Axes.set`.
     """
     axis = axis or plt.subplots(figsize=(DOUBLE_COLUMN * 0.62, 2.6))[1]
     finite = np.unique(table[x][np.isfinite(table[x])].to_numpy(float))
-    end = finite[-1] * (finite[-1] / finite[0]) ** 0.12 if "x" in log else finite[-1] + 0.12 * np.ptp(finite)
+    end = finite[-1] * (finite[-1] / finite[0]) ** 0.12 if log else np.inf
     paint = colours(table[hue]) if hue else {"": SERIES[0]}
     for name, tone in paint.items():
-        part = (table if hue is None else table[table[hue] == name]).sort_values(x)
+        part = (table[table[hue] == name] if hue else table).sort_values(x)
         at, known = part[x].clip(upper=end), np.isfinite(part[x])
         axis.plot(at[known], part[y][known], marker=marker, markersize=3, color=tone)
         axis.plot(at[-2:], part[y][-2:], "" if known.all() else ":", marker=marker, markersize=3, color=tone)
         if low and high:
             axis.fill_between(at, part[low], part[high], color=tone, alpha=0.14, linewidth=0)
-    for side in log:
-        axis.set(**{f"{side}scale": "log"})
-        getattr(axis, f"{side}axis").set_major_formatter("{x:,.10g}")
-        getattr(axis, f"{side}axis").set_minor_formatter("")
+    if log:
+        axis.set(xscale="log")
+        axis.xaxis.set(major_formatter="{x:,.10g}", minor_formatter="")
     if np.isinf(table[x]).any():
         few = finite if len(finite) <= 9 else finite[np.isclose(np.log10(finite) % 1, [[0], [1]]).any(0)]
         axis.set_xticks([*few, end], [*map(_level, few), "∞"])
         axis.minorticks_off()
     axis.grid(axis="y", color="0.92")
     axis.set(**{"xlabel": x, "ylabel": COLUMN_LABELS.get(y, y)} | labels)
-    if hue:
-        _legend(axis, paint, marker, "-")
-    return axis.get_figure(root=True)  # type: ignore[return-value]
+    return _legend(axis, paint if hue else {}, marker, "-")
 
 
-def _legend(axis: Any, paint: Mapping[str, str], marker: str, line: Any = "") -> None:
-    """Name the colours: above a figure of one panel, in the panel where there are several."""
+def _legend(axis: Any, paint: Mapping[str, str], marker: str, line: Any = "") -> Figure:
+    """Name the colours: above a figure of one panel, in the panel where there are several. Return the figure."""
     marks = [Line2D([], [], color=tone, marker=marker, markersize=4, linestyle=line) for tone in paint.values()]
     figure, names = axis.get_figure(root=True), [label(str(name)) for name in paint]
-    if len(figure.axes) == 1:
+    if marks and len(figure.axes) == 1:
         figure.legend(marks, names, loc="outside upper left", ncols=4, handletextpad=0.4, columnspacing=1.2)
-    else:
+    elif marks:
         axis.legend(marks, names, handletextpad=0.4)
+    return figure
 
 
-def heat_map(
-    frame: pd.DataFrame, measure: str = "accuracy, %", axis: Axes | None = None, centre: float | None = None,
-    best: bool = False, **labels: Any,
-) -> Figure:  # fmt: skip
-    """Show a table of numbers as colours, in figures too where they fit; `best` frames the highest of each row.
-
-    Rows stand from the top; a column named inf is ∞, and apart. With `centre` colours diverge from that number. `labels`
-    go to `Axes.set`. The middle of row i and column j is the point (j + 0.5, i + 0.5), for marks that are added.
-    """
-    axis = axis or plt.subplots(figsize=(DOUBLE_COLUMN, min(4.2, 0.3 * len(frame) + 1.1)))[1]
+def heat_map(frame: pd.DataFrame, measure: str = "accuracy, %", centre: float | None = None, **labels: Any) -> Figure:
+    """Show numbers as colours, that diverge from `centre`; the middle of row i and column j is (j + 0.5, i + 0.5)."""
+    figure, axis = plt.subplots(figsize=(DOUBLE_COLUMN, min(4.2, 0.3 * len(frame) + 1.1)))
     sns.heatmap(frame, ax=axis, annot=frame.size <= 80, fmt=".1f", annot_kws={"size": 7}, cbar_kws={"label": measure},
                 cmap="cividis" if centre is None else "PuOr", center=centre, xticklabels=False, yticklabels=False)  # fmt: skip
     for names, set_ticks in ((frame.columns, axis.set_xticks), (frame.index, axis.set_yticks)):
@@ -247,10 +211,8 @@ def heat_map(
         shown = sorted({*range(0, len(names) - step // 2, step), len(names) - 1})
         set_ticks([number + 0.5 for number in shown], [_level(names[number]) for number in shown], rotation=0)
     axis.axvline(len(frame.columns) - 1, color="white", linewidth=3 if frame.columns[-1] == np.inf else 0)
-    for number, column in enumerate(frame.fillna(-np.inf).to_numpy().argmax(1) if best else ()):
-        axis.add_patch(Rectangle((column + 0.05, number + 0.07), 0.9, 0.86, fill=False, edgecolor="white", linewidth=2))
     axis.set(**{"xlabel": "temperature T", "ylabel": ""} | labels)
-    return axis.get_figure(root=True)  # type: ignore[return-value]
+    return figure
 
 
 def _level(name: Any) -> str:
@@ -272,14 +234,9 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
     return figure
 
 
-def outline(
-    axis: Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, below: bool = False,
-    avoid: Sequence[Sequence[float]] = (), mask: np.ndarray | None = None,
-) -> None:  # fmt: skip
-    """Draw a box (xywh), or a mask [H, W], on the picture that `axis` shows, its label above the box, or `below`.
-
-    The label stays inside the picture, so that no caption is covered, and off all boxes and labels if there is room.
-    """
+def outline(axis: Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, below: bool = False,
+            avoid: Sequence[Sequence[float]] = (), mask: np.ndarray | None = None) -> None:  # fmt: skip
+    """Draw a box (xywh), or a mask [H, W], its label in the picture, off boxes, labels and what to `avoid` if possible."""
     for width, edge in ((2.8, "black"), (1.4, colour)) if dashed else ((3.0, "white"), (1.8, colour)):
         line: Any = (0, (7 / width, 6 / width)) if dashed else "-"  # in units of the width; a pick shows in the gaps
         if mask is None:
@@ -299,13 +256,12 @@ def _free_spot(axis: Axes, letters: int, box: Sequence[float], below: bool, avoi
     (left, right), (low, high) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
     point = (right - left) / axis.get_window_extent().width * axis.figure.dpi / 72  # in pixels of the picture
     w, h, (x, y, width, height) = (4.3 * letters + 5) * point, 11 * point, box
-    levels = [y - h, y + height, y, y + height - h]  # above, under, inside at the top and at the bottom
-    order = (1, 0, 3, 2) if below else (0, 1, 2, 3)
-    spots = [(at, levels[number]) for number in order for at in (x, x + width - w)]
-    spots += [(at, level) for level in levels[2:] for at in (x + width, x - w)]
-    inside = [(max(min(a, right - w), left), max(min(b, high - h), low), w, h) for a, b in spots]
+    levels = [y + height, y - h, y + height - h, y] if below else [y - h, y + height, y, y + height - h]
+    places = [(at, level) for level in levels for at in (x, x + width - w)]
+    places += [(at, level) for level in (y, y + height - h) for at in (x + width, x - w)]
+    spots = [(max(min(a, right - w), left), max(min(b, high - h), low), w, h) for a, b in places]
     taken = [*avoid, box, *(text.spot for text in axis.texts if hasattr(text, "spot"))]
-    return inside[int(box_iou(np.array(inside)[:, None], np.array(taken)).sum(1).argmin())]
+    return spots[int(box_iou(np.array(spots)[:, None], np.array(taken)).sum(1).argmin())]
 
 
 def thumbnail(ds: ReferDataset, candidates: pd.DataFrame, row: int, side: int = 96) -> Image.Image:
@@ -315,21 +271,14 @@ def thumbnail(ds: ReferDataset, candidates: pd.DataFrame, row: int, side: int = 
     return ImageOps.pad(picture, (side, side), color="white")
 
 
-def scene_panel(
-    ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, scores: Mapping[str, Tensor], rows: Sequence[int],
-    method: str = "bsap", columns: int = 3,
-) -> Figure:  # fmt: skip
-    """Show expressions (row numbers) with the target in white dashes and the picks of the first of `scores` and `method`.
-
-    Masks where `pairs` were made with masks, else boxes. Under each picture stand the picks' IoU with the target.
-    """
+def scene_panel(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, scores: Mapping[str, Tensor], rows: Sequence[int],
+                method: str = "bsap", columns: int = 3) -> Figure:  # fmt: skip
+    """Show expressions (row numbers): the target in white dashes, and the picks of `method` and of the first of `scores`."""
     picks = {name: pick(pairs, scores[name]) for name in dict.fromkeys([next(iter(scores)), method])}
-    lines, shape = -(-len(rows) // columns), (DOUBLE_COLUMN, -(-len(rows) // columns) * 6.65 / columns)
-    figure, axes = plt.subplots(lines, columns, figsize=shape, squeeze=False, subplot_kw=BLANK)
-    for axis, expression in zip(axes.flat, map(int, rows), strict=False):
-        _draw_scene(
-            axis, ds, candidates, pairs, expression, {name: int(best[expression]) for name, best in picks.items()}
-        )
+    shape = -(-len(rows) // columns), columns
+    figure, axes = plt.subplots(*shape, figsize=(7, shape[0] * 6.65 / columns), squeeze=False, subplot_kw=BLANK)
+    for axis, row in zip(axes.flat, map(int, rows), strict=False):
+        _draw_scene(axis, ds, candidates, pairs, row, {name: int(best[row]) for name, best in picks.items()})
     return figure
 
 
@@ -356,39 +305,41 @@ def _draw_scene(axis: Axes, ds: ReferDataset, candidates: pd.DataFrame, pairs: P
     axis.text(0.5, -0.02, f"IoU: {overlaps}", transform=axis.transAxes, ha="center", va="top", fontsize=7, color="0.3")
 
 
-def hero(
-    ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a: Tensor, rows: Sequence[int], most: int = 8
-) -> Figure:
-    """Show why CLIP and BSAP pick differently, a column an expression (row numbers): the picture with both picks, and
-    under it the candidates of the highest logits `s` [P], with their bias, log Σ exp of `a` [C, M], and the difference.
-    """
-    frame = pairs.frame().assign(s=s.numpy(), bias=a.double().logsumexp(1)[pairs.candidate].numpy())
+def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a: Tensor, rows: Sequence[int],
+         most: int = 8) -> Figure:  # fmt: skip
+    """Show why CLIP and BSAP pick differently, a column an expression (row numbers): both picks, and the highest logits."""
+    bias = a.double().logsumexp(1)[pairs.candidate]
+    picks = {"clip": pick(pairs, s), "bsap": pick(pairs, s - bias)}
     figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7))
     above, below = figure.subplots(2, len(rows), height_ratios=(2, 1), squeeze=False)
-    for scene, ladder, expression in zip(above, below, map(int, rows), strict=True):
-        scored = frame[frame["expression"] == expression].sort_values("s", ascending=False, kind="stable")
-        picks = {"clip": scored["s"].idxmax(), "bsap": (scored["s"] - scored["bias"]).idxmax()}
-        _draw_scene(scene, ds, candidates, pairs, expression, picks)
+    for scene, ladder, row in zip(above, below, map(int, rows), strict=True):
+        chosen = {name: int(best[row]) for name, best in picks.items()}
+        _draw_scene(scene, ds, candidates, pairs, row, chosen)
         scene.axis("off")
-        shown = scored[(np.arange(len(scored)) < most) | (scored.index == picks["bsap"])]
-        crops = [np.asarray(thumbnail(ds, candidates, row, 80)) for row in shown["candidate"]]
-        _draw_ladder(
-            ladder, shown[["s", "bias"]].to_numpy(), crops, {n: shown.index.get_loc(p) for n, p in picks.items()}
-        )
+        own = (pairs.expression == row).nonzero()[:, 0]
+        ranked = own[s[own].argsort(descending=True, stable=True)].tolist()
+        shown = [pair for place, pair in enumerate(ranked) if place < most or pair == chosen["bsap"]]
+        crops = [np.asarray(thumbnail(ds, candidates, int(pairs.candidate[pair]), 80)) for pair in shown]
+        places = {name: shown.index(pair) for name, pair in chosen.items()}
+        _draw_ladder(ladder, s[shown].double().numpy(), bias[shown].numpy(), crops, places)
     figure.legend(*ladder.get_legend_handles_labels(), loc="outside lower center", ncols=3, handletextpad=0.4)
     return figure
 
 
-def _draw_ladder(axis: Axes, levels: np.ndarray, crops: Sequence[np.ndarray], picks: Mapping[str, int]) -> None:
-    """Draw logit and bias (`levels` [N, 2]) of each candidate, its picture and the two numbers below; `picks`: positions."""
+def _draw_ladder(
+    axis: Axes, s: np.ndarray, bias: np.ndarray, crops: Sequence[np.ndarray], picks: Mapping[str, int]
+) -> None:
+    """Draw logit and bias [N] of each candidate, its picture and the two numbers below; `picks`: positions."""
     place: Any = {"xycoords": axis.get_xaxis_transform(), "annotation_clip": False}
-    tones, (s, bias), best = {x: colour(name) for name, x in picks.items()}, levels.T, picks["bsap"]
+    tones, best, words = (
+        {x: colour(name) for name, x in picks.items()},
+        picks["bsap"],
+        "s − bias: BSAP takes the highest",
+    )
     axis.plot(s, "o", color=colour("clip"), markersize=6, label="logit s: CLIP takes the highest")
     axis.plot(bias, "_", color="0.2", markersize=14, markeredgewidth=2, label="bias: its level with auxiliary prompts")
     axis.vlines(range(len(s)), s, bias, "0.82", linewidth=5, zorder=1)
-    axis.vlines(
-        best, s[best], bias[best], colour("bsap"), linewidth=5, label="s − bias: BSAP takes the highest", zorder=1
-    )
+    axis.vlines(best, s[best], bias[best], colour("bsap"), linewidth=5, label=words, zorder=1)
     for x, (logit, gap, crop) in enumerate(zip(s, s - bias, crops, strict=True)):
         edge = {"edgecolor": tones.get(x, "0.72"), "linewidth": 2}
         axis.add_artist(AnnotationBbox(OffsetImage(crop, zoom=0.25), (x, 0), (0, -15), boxcoords="offset points",
@@ -397,4 +348,4 @@ def _draw_ladder(axis: Axes, levels: np.ndarray, crops: Sequence[np.ndarray], pi
             tone, weight = (colour(name), "bold") if x == picks[name] else ("0.35", "normal")
             axis.annotate(number, (x, 0), (0, down), textcoords="offset points", ha="center", va="top", fontsize=7,
                           color=tone, weight=weight, **place)  # fmt: skip
-    axis.set(xticks=[], xlim=(-0.7, len(levels) - 0.3), ylabel="logit")
+    axis.set(xticks=[], xlim=(-0.7, len(s) - 0.3), ylabel="logit")
