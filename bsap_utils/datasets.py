@@ -1,5 +1,5 @@
-"""RefCOCO, RefCOCO+, RefCOCOg and data of one's own as three pandas frames (data/README.md shows the layouts: that of Yu
-et al., "Modeling Context in Referring Expressions", ECCV 2016, a CSV, and lists in JSON); and the one decoder of pictures.
+"""RefCOCO, RefCOCO+, RefCOCOg (Yu et al., ECCV 2016) and data of one's own as three pandas frames; data/README.md shows the
+layouts. And the doors through which all files go: decoding pictures, reading, writing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,14 +19,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
-from pycocotools import mask as coco
 
 XYWH = ["x", "y", "w", "h"]
 COCO_FOLDER = "images/mscoco/images/train2014"
 FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF"]  # none starts a program, as EPS does
 MAX_PIXELS, MAX_BYTES, MAX_PICKLE = 178_956_970, 2 << 30, 100 << 20  # PIL's limit; a pickle of 100 MiB takes a minute
 CLIPPED, NO_AREA = "boxes clipped to their image", "boxes without area left out"
-COLUMNS = ["image_id", "category", *XYWH, "area", "iscrowd", "segmentation"]
 
 
 class DatasetError(ValueError):
@@ -103,12 +102,9 @@ class ReferDataset:
             parts, names = [self.select(one, limit) for one in split], ("images", "annotations", "expressions")
             joint = {name: pd.concat([getattr(part, name) for part in parts]) for name in names}
             return dataclasses.replace(self, **{name: one[~one.index.duplicated()] for name, one in joint.items()})
-        if (limit or 0) < 0:
-            raise DatasetError(f"limit is {limit}: pass how many images to take, or 0 for all.")
-        if split not in (None, *self.splits):
-            raise DatasetError(
-                f"{self.name} has no split {split!r}, only {', '.join(self.splits) or 'none'}. Pass one of these."
-            )
+        if split not in (None, *self.splits) or (limit or 0) < 0:
+            known = ", ".join(self.splits) or "none"
+            raise DatasetError(f"{self.name}: no split {split!r}, only {known}; or limit is {limit}, below 0 (all).")
         chosen = self.expressions if split is None else self.expressions[self.expressions["split"] == split]
         images = self.images[self.images.index.isin(chosen["image_id"])].iloc[: limit or None]
         within = [frame[frame["image_id"].isin(images.index)] for frame in (self.annotations, chosen)]
@@ -122,9 +118,7 @@ class ReferDataset:
         """Return one image in RGB. Raises DatasetError when it is missing, damaged or not of the size annotated."""
         path, size = self.image_path(image_id), self.images.loc[image_id, ["width", "height"]].tolist()
         if list((image := open_picture(path)).size) != size:
-            raise DatasetError(
-                f"{path}: has {image.size} pixels, not {size} as annotated. Put the right picture there."
-            )
+            raise DatasetError(f"{path}: has {image.size} pixels, not {size} as annotated. Put the right one there.")
         return image
 
     def missing_images(self) -> list[str]:
@@ -141,24 +135,26 @@ def load_refer(
     - `expressions.csv`: file_name, x, y, w, h, text and perhaps split, category, segmentation, width, height
     - `<dataset>_<split>.json`: a list of img_id, sents, bbox, width, height
 
-    An `instances.json` beside a table gives its boxes masks and neighbours. Boxes that leave their image are clipped, those
-    without area and expressions of white space left out, each counted; all else that is wrong raises DatasetError.
+    Boxes that leave their image are clipped, those without area and expressions of white space left out, each counted; all
+    else that is wrong raises DatasetError.
     """
     folder, split_by = Path(root) / dataset, split_by or ("umd" if dataset == "refcocog" else "unc")
-    own, instances, csv = folder / "images", folder / "instances.json", folder / "expressions.csv"
+    own, csv, lists = folder / "images", folder / "expressions.csv", sorted(folder.glob(f"{dataset}_*.json"))
     image_root = Path(image_root) if image_root else own if own.is_dir() else Path(root) / COCO_FOLDER
-    refs, lists = sorted(folder.glob("refs(*).p")), sorted(folder.glob(f"{dataset}_*.json"))
+    refs = [file.name for file in sorted(folder.glob("refs(*).p"))]
     path = folder / f"refs({split_by}).p" if refs else csv if csv.is_file() or not lists else lists[0]
     if not path.is_file():
-        found = ", ".join(file.name for file in refs) or "nothing else"
-        raise DatasetError(f"{path}: no such file, but {found}. Run `bsap data get {dataset}`, pass as root the folder "
-                           f"above {dataset}, or as split_by (SPLIT_BY) what stands in parentheses.")  # fmt: skip
+        raise DatasetError(f"{path}: no such file, but {', '.join(refs) or 'nothing else'}. Run `bsap data get {dataset}`, pass "
+                           f"as root the folder above {dataset}, or another split_by (SPLIT_BY).")  # fmt: skip
     with reading(folder, "a data set as data/README.md describes it"):
-        table = None if refs else _read_csv(path) if path == csv else _read_lists(lists, dataset)
-        complete = table is None or instances.is_file()
-        frames = _read_instances(instances) if complete else _boxes_of(table)
-        expressions = _read_refs(path) if table is None else _find_targets(table, path, *frames)
-        images, annotations, counts = _clean(*frames, instances if complete else path, image_root)
+        if refs:
+            images, annotations, expressions = *_read_instances(folder / "instances.json"), _read_refs(path)
+        else:
+            table = pd.concat([_read_rows(file, dataset) for file in (lists if path in lists else [csv])])
+            images, annotations, expressions = _split_up(table.reset_index(drop=True))
+        images, annotations, counts = _clean(
+            images, annotations, folder / "instances.json" if refs else path, image_root
+        )
     image = annotations["image_id"].reindex(expressions["ann_id"], fill_value=-(2**63)).to_numpy()
     problem = "its target is no annotation with an area in its image"
     refuse(image != expressions["image_id"].to_numpy(), f"{path}: expression ", problem, expressions.index)
@@ -176,7 +172,7 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     annotations = read_table(content["annotations"], f"{path}: annotations", **kinds, segmentation=object)
     row = pd.Index(names["id"]).get_indexer(annotations["category_id"])
     refuse(row < 0, f"{path}: annotations", "'category_id' is not among the categories")
-    return images, annotations.assign(category=pd.Categorical(names["name"].to_numpy()[row], names["name"].unique()))
+    return images, annotations.assign(category=pd.Categorical.from_codes(row, names["name"]))
 
 
 def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_root: Path) -> tuple:
@@ -185,21 +181,20 @@ def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_ro
         refuse(frame["id"].duplicated(), where, "'id' is that of an earlier entry too")
     leaves = images["file_name"].str.contains(r"^\s*$|^/|\\|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|\x00", regex=True)
     refuse(leaves, f"{path}: images", "'file_name' is empty or leads out of the image folder")
-    if not {"width", "height"} <= set(images):
+    if "width" not in images:
         images[["width", "height"]] = [open_picture(image_root / name).size for name in images["file_name"]]
     pixels = images["width"].clip(0).astype(float) * images["height"].clip(0)
     refuse((pixels < 1) | (pixels > MAX_PIXELS), f"{path}: images", f"the size is not 1 to {MAX_PIXELS:,} pixels")
     images = images.set_index("id").rename_axis("image_id")[["file_name", "width", "height"]]
-    images = images.astype(dict.fromkeys(["width", "height"], np.int64))
     row = images.index.get_indexer(annotations["image_id"])
     refuse(row < 0, f"{path}: annotations", "'image_id' is not among the images")
-    sizes = images[["width", "height"]].to_numpy()[row]
-    annotations[XYWH], has_area, clipped = clip_boxes(annotations[XYWH].to_numpy(), sizes)
-    masks = [clean_mask(mask, h, w) for mask, (w, h) in zip(annotations["segmentation"], sizes.tolist(), strict=True)]
-    annotations["segmentation"] = pd.Series([mask for mask, _ in masks], dtype=object, index=annotations.index)
-    counts = {CLIPPED: int(clipped.sum()), NO_AREA: int((~has_area).sum())}
-    counts["degenerate polygons dropped"] = sum(dropped for _, dropped in masks)
-    return images, annotations[has_area].set_index("id").rename_axis("ann_id")[COLUMNS], counts
+    boxes = annotations[XYWH].to_numpy()
+    annotations[XYWH], has_area, clipped = clip_boxes(boxes, images[["width", "height"]].to_numpy()[row])
+    masks, dropped = zip(*map(clean_mask, annotations["segmentation"]), strict=True) if len(annotations) else ((), ())
+    annotations["segmentation"] = pd.Series(masks, annotations.index, object)
+    counts = {CLIPPED: int(clipped.sum()), NO_AREA: int((~has_area).sum()), "degenerate polygons dropped": sum(dropped)}
+    columns = ["image_id", "category", *XYWH, "area", "iscrowd", "segmentation"]
+    return images, annotations[has_area].set_index("id").rename_axis("ann_id")[columns], counts
 
 
 def _read_refs(path: Path) -> pd.DataFrame:
@@ -219,59 +214,51 @@ def _read_refs(path: Path) -> pd.DataFrame:
     return refs.iloc[row].set_index(pd.Index(texts["sent_id"])).assign(text=texts["sent"].array)
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    """Return a row an expression: file_name, x, y, w, h, text, split, category, segmentation, perhaps width, height."""
-    with reading(path, "a CSV in UTF-8, its first line file_name,x,y,w,h,text (data/README.md shows one)"):
-        table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        table = table.rename(columns=str.strip)
-        numbers = [name for name in [*XYWH, "width", "height"] if name in table]
-        for name, default in {"split": "all", "category": "", "segmentation": ""}.items():
-            table[name] = table.get(name, default)
-        table["segmentation"] = [json.loads(mask) if mask.strip() else None for mask in table["segmentation"]]
-        columns = ["file_name", *XYWH, "text", "split", "category", "segmentation", *numbers[4:]]
-        return table.astype(dict.fromkeys(numbers, float))[columns]
+def _read_rows(path: Path, dataset: str) -> pd.DataFrame:
+    """Return a row an expression of a CSV or of the list of an evaluation kit, whose img_id is COCO's name and a number."""
+    with reading(path, "a CSV in UTF-8, its first line file_name,x,y,w,h,text, or a list (data/README.md shows both)"):
+        if path.suffix == ".csv":
+            table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            table = table.rename(columns=str.strip)
+            rows = table.assign(split=table.get("split", "all"), bbox=table[XYWH].to_numpy().tolist()).to_dict(
+                "records"
+            )
+        else:
+            rows, split = read_json(path), path.stem.removeprefix(f"{dataset}_")
+            names = [re.sub(r"^(COCO_\w+_\d{12})_\d+$", r"\1", row["img_id"]) for row in rows]
+            names = [name if re.search(r"\.\w+$", name) else f"{name}.jpg" for name in names]
+            rows = [
+                row | {"file_name": name, "text": row["sents"], "split": split}
+                for row, name in zip(rows, names, strict=True)
+            ]
+        for row in rows:
+            row["segmentation"] = json.loads(row.get("segmentation") or "null")
+        sizes = {"width": float, "height": float} if all("width" in row for row in rows) else {}
+    kinds = {"file_name": str, "text": str, "split": str, "bbox": XYWH, "category": object, "segmentation": object}
+    return (
+        read_table(rows, f"{path}: row", **kinds, **sizes)
+        .fillna({"category": ""})
+        .astype(dict.fromkeys(sizes, np.int64))
+    )
 
 
-def _read_lists(paths: list[Path], dataset: str) -> pd.DataFrame:
-    """Return the same from the lists of an evaluation kit; img_id is the name of a COCO picture and the ref's suffix."""
-    kinds = {"img_id": str, "sents": str, "bbox": XYWH, "width": int, "height": int}
-    splits = [read_table(read_json(path), f"{path}: entry ", **kinds).assign(split=path.stem) for path in paths]
-    table = pd.concat(splits, ignore_index=True).rename(columns={"sents": "text"})
-    names = table.pop("img_id").str.replace(r"^(COCO_\w+_\d{12})_\d+$", r"\1", regex=True)
-    table["file_name"] = names.where(names.str.contains(r"\.\w+$", regex=True), names + ".jpg")
-    return table.assign(split=table["split"].str.removeprefix(f"{dataset}_"), category="", segmentation=None)
+def _split_up(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Return the images, boxes and expressions of a table; ids of images are the numbers of COCO's names where all have one."""
+    images = table.drop_duplicates("file_name").reset_index(drop=True)
+    numbers = images["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0].astype("Int64")
+    images["id"] = numbers if numbers.notna().all() and numbers.is_unique else np.arange(1, len(images) + 1)
+    images = images.astype({"id": np.int64})
+    ids = table.groupby(["file_name", *XYWH], sort=False, dropna=False).ngroup() + 1
+    table = table.assign(ann_id=ids, ref_id=ids, image_id=table["file_name"].map(images.set_index("file_name")["id"]))
+    boxes = table.drop_duplicates("ann_id").reset_index(drop=True)
+    boxes = boxes.assign(id=boxes["ann_id"], area=boxes["w"] * boxes["h"], iscrowd=0).astype({"category": "category"})
+    return images, boxes, table.rename_axis("sent_id")[["ref_id", "ann_id", "image_id", "split", "text"]]
 
 
-def _boxes_of(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the images and the de-duplicated boxes of a table; ids are the numbers of COCO's names where all have one."""
-    images, boxes = table.drop_duplicates("file_name"), table.drop_duplicates(["file_name", *XYWH])
-    numbers = images["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0]
-    by_name = numbers.notna().all() and numbers.astype(np.int64).is_unique
-    images = images.assign(id=numbers.astype(np.int64) if by_name else np.arange(1, len(images) + 1))
-    ids = boxes["file_name"].map(images.set_index("file_name")["id"])
-    boxes = boxes.assign(image_id=ids, id=np.arange(1, len(boxes) + 1), area=boxes["w"] * boxes["h"], iscrowd=0)
-    return images.reset_index(drop=True), boxes.reset_index(drop=True).astype({"category": "category"})
-
-
-def _find_targets(table: pd.DataFrame, path: Path, images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
-    """Return the expressions of a table, each with the box of its picture that is the same to a tenth of a pixel."""
-    table = table.assign(image_id=table["file_name"].map(images.set_index("file_name")["id"].to_dict()))
-    keys, tenths = ["image_id", *XYWH], dict.fromkeys(XYWH, 1)
-    known = boxes.round(tenths).drop_duplicates(keys).set_index(keys)["id"].rename("ann_id")
-    found = table.round(tenths).join(known, on=keys).rename_axis("sent_id")
-    refuse(found["ann_id"].isna(), f"{path}: expression ", "instances.json has no such picture, or no such box in it")
-    found = found.assign(ref_id=found["ann_id"]).astype({"ref_id": int, "ann_id": int, "image_id": int})
-    return found[["ref_id", "ann_id", "image_id", "split", "text"]]
-
-
-def clean_mask(segmentation: Any, height: int, width: int) -> tuple[Any, int]:
+def clean_mask(segmentation: Any) -> tuple[Any, int]:
     """Return a segmentation as RLE or polygons of three points or more (None: there are none), and how many had less."""
     if not isinstance(segmentation, list):
         return segmentation or None, 0
-    # rows of true and false, or 0 and 1, of the picture's size are a mask written out
-    widths = [len(row) if isinstance(row, list) else -1 for row in segmentation]
-    if widths == [width] * height and np.isin(segmentation, [0, 1]).all():
-        return coco.encode(np.asfortranarray(segmentation, dtype=np.uint8)), 0
     kept = [part for part in segmentation if type(part) is not list or (len(part) > 5 and len(part) % 2 == 0)]
     return kept or None, len(segmentation) - len(kept)
 
@@ -290,9 +277,8 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nda
 def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
     """Return keys of a list of records as columns: int, float, str, object (may lack), or XYWH (a box: four columns)."""
     columns: dict[str, Any] = {}
-    wanted = ", ".join(f"{key} [x, y, w, h]" if kind is XYWH else key for key, kind in kinds.items())
     for key, kind in kinds.items():
-        with reading(f"{where}, key '{key}',", f"a list of records with {wanted}"):
+        with reading(f"{where}, key '{key}',", f"a list of records with {', '.join(kinds)}"):
             values = [record.get(key) if kind is object else record[key] for record in records]
             if kind is str:
                 "".join(values).encode()  # JSON may hold half a character
@@ -306,29 +292,27 @@ def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
 
 def refuse(wrong: Any, where: str, problem: str, names: Any = None) -> None:
     """Raise DatasetError for the first entry that is wrong, by its number or name, and say how many there are."""
-    rows = np.flatnonzero(np.asarray(wrong, dtype=bool))
+    rows = np.flatnonzero(wrong)
     if len(rows):
         name = rows[0] if names is None else names[rows[0]]
         raise DatasetError(f"{where}[{name}]: {problem} ({len(rows)} such entries). Correct the file.")
 
 
-def _with_plain_keys(code: bytes) -> Callable[[Any], None]:
-    def checked(self: Any) -> None:
-        keys = self.stack[-2:-1] if code == pickle.SETITEM else self.stack[::2]
-        if {*map(type, keys)} != {str} and not all(type(key) is str or abs(key) < 2**60 for key in keys):
-            raise pickle.UnpicklingError("a key is neither text nor a number")
-        pickle._Unpickler.dispatch[code[0]](self)
+class _Record(dict):
+    """A dict with text as keys: to hash nested tuples, or integers made to collide, can take for ever."""
 
-    return checked
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is not str:
+            raise pickle.UnpicklingError("a key is no text")
+        super().__setitem__(key, value)
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Unpickles plain data, for a pickle may otherwise run any code; in Python, for a few bytes can make the C one (and
-    BYTEARRAY8) ask for gigabytes. To hash nested tuples or integers made to collide can take for ever: keys are plain.
-    """
+    """Unpickles plain data, for a pickle may run any code; in Python, for a few bytes can make the C one ask for gigabytes."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    dispatch |= {code[0]: _with_plain_keys(code) for code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT)}
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Record())  # type: ignore[attr-defined]
+    dispatch[pickle.DICT[0]] = lambda self: self.pop_mark() or self.append(_Record())  # type: ignore[attr-defined]
     for code in (pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
         del dispatch[code[0]]
 

@@ -11,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -433,16 +432,6 @@ def test_degenerate_polygons_are_dropped_and_counted(tmp_path, given, kept, drop
     assert ds.annotations.at[11, "segmentation"] == kept and ds.counts[DEGENERATE] == dropped
 
 
-@pytest.mark.parametrize("width", [4, 5, 8])
-def test_a_matrix_is_a_mask(width):
-    mask = np.random.default_rng(0).random((3, width)) > 0.5
-    from pycocotools import mask as coco
-
-    for rows in (mask.tolist(), mask.astype(int).tolist()):
-        rle, dropped = datasets.clean_mask(rows, 3, width)
-        assert (coco.decode(rle) == mask).all() and dropped == 0
-
-
 def test_images(tmp_path):
     ds = load_refer(write(tmp_path))
     (ds.image_root / "sub").mkdir(parents=True)
@@ -564,17 +553,6 @@ def test_all_columns_of_a_csv(tmp_path):
 def test_a_wrong_csv_is_named(tmp_path, rows, head, message):
     with pytest.raises(DatasetError, match=message):
         load_refer(write_csv(tmp_path, rows, head), "mine")
-
-
-def test_a_csv_beside_instances_has_their_masks_and_neighbours(tmp_path):
-    root = write(write_csv(tmp_path, [["a.jpg", 1, 2.5, 10, 10, "a mug"]]), name="mine")
-    (root / "mine/refs(unc).p").unlink()
-    ds = load_refer(root, "mine")
-    assert ds.expressions["ann_id"].tolist() == [11] and ds.annotations.index.tolist() == [11, 12, 10, 14, 15]
-    assert ds.annotations.at[11, "segmentation"] == [SQUARE] and ds.categories == ["key", "mug", "star"]
-    write_csv(tmp_path, [["a.jpg", 1, 2.5, 10, 12, "a mug"]])
-    with pytest.raises(DatasetError, match="no such box"):
-        load_refer(root, "mine")
 
 
 def as_lists(ds):

@@ -128,7 +128,7 @@ def test_objects_without_masks(ds):
 def test_whole_images(ds):
     frame = whole_images(ds)
     assert rows(frame) == [(20, 0, 0, 40, 30), (3, 0, 0, 40, 30), (8, 0, 0, 40, 30)]
-    assert frame.dtypes[XYWH].eq(np.float64).all() and frame.attrs["counts"] == {}
+    assert frame.dtypes[XYWH].eq(np.float64).all() and frame.attrs["counts"] == {WHOLE: 3}
 
 
 def test_boxes_as_reclip_publishes_them(ds, tmp_path):
@@ -143,9 +143,6 @@ def test_boxes_as_reclip_publishes_them(ds, tmp_path):
     assert rows(frame)[10:] == [(3, 9, 9, 9, 9), (8, 0, 0, 40, 30)]
     assert list(frame.columns) == ["image_id", *XYWH]
     assert frame.attrs["counts"] == {OUTSIDE: 3, CLIPPED: 1, NO_AREA: 1, WHOLE: 1}
-    for options in ({"top_k": 3}, {"score_threshold": 0.1}):
-        with pytest.raises(DatasetError, match=r"boxes\.json: entries, key 'score'"):
-            from_boxes(ds, tmp_path / "boxes.json", **options)
 
 
 def test_boxes_as_coco_results(ds, tmp_path):
@@ -164,13 +161,7 @@ def test_boxes_as_coco_results(ds, tmp_path):
     assert frame["score"].tolist()[:5] == [0.5, 0.9, 0.9, 0.2, 0.05] and np.isnan(frame["score"][5])
     masks = decode_masks(frame["segmentation"], HEIGHT, WIDTH)  # one without is its box
     assert masks.sum((1, 2)).tolist() == [1, 4, 9, 16, 25, WIDTH * HEIGHT]
-    frame = from_boxes(ds, path, score_threshold=0.2, top_k=2)
-    assert rows(frame) == [(20, 0, 0, 2, 2), (20, 0, 0, 3, 3), (3, 0, 0, 40, 30), (8, 0, 0, 40, 30)]
-    assert frame.attrs["counts"] == {OUTSIDE: 1, CLIPPED: 0, NO_AREA: 0, WHOLE: 2} | {
-        "boxes below the score threshold left out": 1,
-        "candidates beyond the best 2 of their image left out": 2,
-    }
-    assert from_boxes(ds, path, top_k=1)["w"].tolist() == [2, 9, 40]  # the first of two equals
+    assert frame.attrs["counts"] == {OUTSIDE: 1, CLIPPED: 0, NO_AREA: 0, WHOLE: 1}
     assert list(from_boxes(ds, save(results[2:3], tmp_path)).columns) == ["image_id", *XYWH, "score"]
 
 
@@ -188,8 +179,8 @@ GOOD = {"3": [[1, 2, 3, 4], [0, 0, 5, 5]], "20": [[0, 0, 9, 9]]}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"999": [[0, 0, 1, 1]]}, "none of its 1 entries is of an image of toy: it has ids such as 999, not 20"),
-        ([result(999, [0, 0, 1, 1], 1.0)], "none of its 1 entries is of an image of toy"),
+        ({"999": [[0, 0, 1, 1]]}, r"entry\[0\]: 'image_id' is none of toy's, e\.g\. 20"),
+        ([result(999, [0, 0, 1, 1], 1.0)], "'image_id' is none of toy's"),
         ("boxes", "boxes.json cannot be read"),
         ({"3": [[1, 2, 3]]}, "key 'bbox', cannot be read"),
         ({"3": [[1, 2, 3, 4, 0.9]]}, "key 'bbox', cannot be read"),
@@ -202,8 +193,7 @@ GOOD = {"3": [[1, 2, 3, 4], [0, 0, 5, 5]], "20": [[0, 0, 9, 9]]}
         ([[1, 2, 3, 4]], "boxes.json cannot be read"),
         ([{"image_id": 3, "box": [1, 2, 3, 4], "score": 1.0}], r"key 'bbox', cannot be read \(no 'bbox'\)"),
         ([{"scores": [0.9], "labels": ["x"], "boxes": [[1, 2, 3, 4]]}], r"cannot be read \(no 'image_id'\)"),
-        ([result(3, [0, 0, 1, 1], "high")], "key 'score'.*'high'"),
-        ([result(3, [0, 0, 1, 1], math.nan)], r"entry \[0\]: 'score' is NaN"),
+        ([result(3, [0, 0, 1, 1], "high")], "boxes.json cannot be read .*'high'"),
         ([result(3.5, [0, 0, 1, 1], 1)], "key 'image_id'"),
         ([result(None, [0, 0, 1, 1], 1)], "key 'image_id'"),
         ([result([3], [0, 0, 1, 1], 1)], "boxes.json"),
@@ -300,7 +290,7 @@ def test_hostile_files_end_as_dataset_errors_or_candidates(ds, kind, data):
     node[key] = data.draw(ANYTHING)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            frame = read(ds, save(content, folder), top_k=1 if isinstance(content, list) else None)
+            frame = read(ds, save(content, folder))
         except DatasetError as error:
             assert "boxes.json" in str(error)
         else:
@@ -331,13 +321,13 @@ def keyed(detections, boxes):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("corners", "look like corners: write"),
-        ("centres", "look like centres"),
-        ("shares", r"look like shares of 1 \(x, y, w, h\): write"),
-        ("shares, corners", r"look like shares of 1 \(corners"),
-        ("shares, centres", r"look like shares of 1 \(centres"),
-        ("twice", "of another size"),
-        ("others", "of other pictures"),
+        ("corners", "were they corners"),
+        ("centres", "were they centres"),
+        ("shares", r"were they shares of 1 \(x, y, w, h\)"),
+        ("shares, corners", r"were they shares of 1 \(corners"),
+        ("shares, centres", r"were they shares of 1 \(centres"),
+        ("twice", "of these pictures in this size"),
+        ("others", "of these pictures in this size"),
     ],
 )
 def test_boxes_in_another_form_are_refused_by_name(sample_val, detections, detected, tmp_path, form, message):
@@ -489,7 +479,7 @@ def test_masks_are_the_same_from_every_kind_of_segmentation(height, width, seed,
     mask[: height // 2] = mask[0]  # some long runs
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     plain = {"size": [height, width], "counts": runs_of(mask)}
-    kinds = [rle, compressed(mask), plain, mask.tolist(), mask.astype(int).tolist()]
+    kinds = [rle, compressed(mask), plain]
     decoded = decode_masks(kinds, height, width)
     assert decoded.dtype == bool and decoded.flags.c_contiguous and (decoded == mask).all()
     assert to_rle(plain, height, width) == rle
@@ -516,7 +506,6 @@ WRONG = [
     {**SIZE, "counts": [2**32 + 12]},
     {**SIZE, "counts": [2**63 - 1, 2**63 - 1, 14]},
     {**SIZE, "counts": [10**30]},
-    {**SIZE, "counts": [12.0]},
     {**SIZE, "counts": [[12]]},
     {**SIZE, "counts": ["a"]},
     {**SIZE, "counts": None},
@@ -565,8 +554,8 @@ def test_from_masks_reads_every_kind_of_segmentation(ds, tmp_path):
         masked(999, box(0, 0, 1, 1), 1),
         masked(20, [*rectangle(5.0, 6, 10, 10), [1.0, 2, 3, 4]], 0.75, None),
         masked(20, box(0, 0, 0, 0), 0.9),
-        masked(3, box(2, 2, 2, 2), 0.5, np.ndarray.tolist),
-        result(3, [4, 4, 6, 2], 0.5, segmentation=None),
+        masked(3, box(2, 2, 2, 2), 0.5),
+        masked(3, box(4, 4, 6, 2), 0.5),
     ]
     frame = from_masks(ds, save(entries, tmp_path))
     assert list(frame.columns) == ["image_id", *XYWH, "score", "segmentation"]
@@ -584,34 +573,6 @@ def test_from_masks_reads_every_kind_of_segmentation(ds, tmp_path):
     assert frame.attrs["counts"] == {OUTSIDE: 1, EMPTY: 1, WHOLE: 1}
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 60), st.integers(1, 6), st.floats(0.1, 0.9))
-def test_masks_are_chosen_as_with_dense_arrays(ds, seed, min_area, top_k, nms_iou):
-    """Area, then suppression, then the best k of each image, as one would write it down with decoded masks."""
-    rng = np.random.default_rng(seed)
-    entries = []
-    for _ in range(rng.integers(1, 25)):
-        score = float(rng.choice([0.1, 0.5, 0.9, rng.random()]))
-        entries.append(masked(int(rng.choice([20, 3])), box(*rng.integers(0, 12, 4)), score))
-    with tempfile.TemporaryDirectory() as folder:
-        frame = from_masks(ds, save(entries, folder), top_k=top_k, min_area=min_area, nms_iou=nms_iou)
-    for image_id in (3, 20):
-        masks = [coco.decode(e["segmentation"]).astype(bool) for e in entries if e["image_id"] == image_id]
-        scores = [e["score"] for e in entries if e["image_id"] == image_id]
-        kept = []
-        for i in sorted(range(len(masks)), key=lambda i: -scores[i]):
-            if masks[i].sum() >= max(min_area, 1) and all(
-                (masks[i] & masks[j]).sum() <= nms_iou * (masks[i] | masks[j]).sum() for j in kept
-            ):
-                kept.append(i)
-        wanted = [masks[i] for i in sorted(kept[:top_k])] or [box(0, 0, WIDTH, HEIGHT)]
-        found = decode_masks(frame.loc[frame["image_id"] == image_id, "segmentation"].tolist(), HEIGHT, WIDTH)
-        assert len(found) == len(wanted) and (found == wanted).all()
-    counts = frame.attrs["counts"]
-    left_out = sum(number for what, number in counts.items() if "left out" in what)
-    assert len(frame) == len(entries) - left_out + counts[WHOLE]
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -620,8 +581,7 @@ def test_masks_are_chosen_as_with_dense_arrays(ds, seed, min_area, top_k, nms_io
         ({"segmentation": None}, r"entry \[1\]"),
         ({"segmentation": "abc"}, r"entry \[1\]"),
         ({"image_id": "x"}, "key 'image_id'"),
-        ({"score": math.nan}, r"entry \[1\]: 'score' is NaN"),
-        ({"score": "high"}, "key 'score'"),
+        ({"score": "high"}, "could not convert"),
     ],
 )
 def test_a_wrong_mask_is_named(ds, tmp_path, wrong, message):
@@ -633,7 +593,7 @@ def test_a_wrong_mask_is_named(ds, tmp_path, wrong, message):
 def test_more_masks_in_an_image_than_pycocotools_can_count(ds, tmp_path):
     """`area` of pycocotools fails on more than 255 masks."""
     entries = [masked(20, box(i % 30, i // 30, 3, 2), i / 400) for i in range(400)]
-    frame = from_masks(ds, save(entries, tmp_path), min_area=6, nms_iou=0.99)
+    frame = from_masks(ds, save(entries, tmp_path))
     assert (frame["image_id"] == 20).sum() == 400
     assert mask_areas(frame["segmentation"].tolist()[:400]).tolist() == [6] * 400
 
@@ -650,7 +610,7 @@ def test_load_candidates_tells_masks_from_boxes(sample, tmp_path):
     pd.testing.assert_frame_equal(load_candidates(val, "gt", root), ground_truth(val))
     pd.testing.assert_frame_equal(load_candidates(val, "whole", root), whole_images(val))
     masks, boxes = root / "refshapes_masks.json", root / "refshapes_dets_dict.json"
-    pd.testing.assert_frame_equal(load_candidates(val, "masks", root, top_k=6), from_masks(val, masks, top_k=6))
+    pd.testing.assert_frame_equal(load_candidates(val, "masks", root), from_masks(val, masks))
     pd.testing.assert_frame_equal(load_candidates(val, str(masks), root), from_masks(val, masks))
     pd.testing.assert_frame_equal(load_candidates(val, str(boxes), root), from_boxes(val, boxes))
     (tmp_path / "refshapes_rpn_dict.json").write_text(boxes.read_text())
