@@ -39,7 +39,7 @@ UNSEEN = "This CLIP has only ever seen drawn shapes: what it makes of a photogra
 LINES = """from bsap_utils import *; from bsap_utils.explore import Explorer, Setting
 whole, scorer = load_refer({root!r}, {dataset!r}), load_scorer({models!r}, {pretrained!r})
 ds = whole.select({split!r}, {limit}); candidates = load_candidates(ds, {proposals!r}, {root!r})
-explorer = Explorer(ds, candidates, scorer, whole, {visual_prompts})
+explorer = Explorer(ds, candidates, scorer, whole, {explorer.visual_prompts})
 {scene}
 print(explorer.table(scene, {setting}))"""
 FIELDS: dict[str, Any] = {  # name: kind of widget, label, tooltip, traits
@@ -85,8 +85,8 @@ class Explorer:
         """Return scene 1, 2, …"""
         image_id, rows = self.ds.images.index[number - 1], (self.competing == number - 1).nonzero()[:, 0]
         known = self.ds.expressions[self.ds.expressions["image_id"] == image_id]
-        image, boxes = self.ds.load_image(image_id), self.boxes[rows]
-        return SimpleNamespace(image=image, boxes=boxes, rows=rows, features=self.image, expressions=known)
+        image = self.ds.load_image(image_id)
+        return SimpleNamespace(image=image, boxes=self.boxes[rows], rows=rows, features=self.image, expressions=known)
 
     def own_scene(self, image: Any, boxes: Any) -> SimpleNamespace:
         """Return the scene of a picture of one's own with the boxes given (xywh, pixels)."""
@@ -96,8 +96,8 @@ class Explorer:
             image.save(Path(folder) / "own.png")
             ds = ReferDataset("own", "", Path(folder), images, frame, frame, {})
             features = self.scorer.encode_regions(ds, frame, self.visual_prompts)
-        rows, boxes, known = torch.arange(len(frame)), frame[XYWH].to_numpy(), self.ds.expressions[:0]
-        return SimpleNamespace(image=image, boxes=boxes, rows=rows, features=features, expressions=known)
+        rows, known = torch.arange(len(frame)), self.ds.expressions[:0]
+        return SimpleNamespace(image=image, boxes=np.array(boxes), rows=rows, features=features, expressions=known)
 
     def logits(self, texts: Any, setting: Setting, features: Any = None) -> torch.Tensor:
         """Return logits [C, T] of all candidates, or of other `features`."""
@@ -173,10 +173,7 @@ class Explorer:
 
 
 def show(explorer: Explorer, setting: Setting, number: int = 1, **data: Any) -> None:
-    """Display the controls where a person can move them, and where not the picture and the table.
-
-    `data` is what *As Python* names: root, dataset, split, limit, proposals, models, pretrained.
-    """
+    """Display the controls where a person can move them, else picture and table; `data` is what `LINES` names."""
     scene, kernel = explorer.scene(number), getattr(get_ipython(), "kernel", None)
     setting = setting._replace(text=setting.text or scene.expressions["text"].iloc[0])
     table = explorer.table(scene, setting)
@@ -261,8 +258,7 @@ class Controls(SimpleNamespace):
         if own:
             picture = f"open_picture({self.upload.value[0]['name']!r}, upright=True)"
             scene = f"boxes = {self.shown.boxes.round(1).tolist()}; scene = explorer.own_scene({picture}, boxes)"
-        prompts = self.explorer.visual_prompts
-        self.code.value = LINES.format(**self.data, visual_prompts=prompts, scene=scene, setting=setting)
+        self.code.value = LINES.format(**self.data, explorer=self.explorer, scene=scene, setting=setting)
         self.mark.value = MARK.format(100 * weight / self.weight.max, weight) if weight == weight else ""
         clip, mine = 100 * self.explorer.right(setting).double().mean(1)
         self.total.value = f"This setting on all scenes: <b>{mine:.1f} %</b> right (CLIP {clip:.1f} %)."

@@ -16,12 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage, BboxImage
-from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -134,7 +131,7 @@ def _dithered(picture: Image.Image) -> Image.Image:
 
 
 def intervals(table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low", high: str = "ci_high",
-              row: str = "method", hue: str | None = None, axis: Axes | None = None, zero: bool = False,
+              row: str = "method", hue: str | None = None, axis: plt.Axes | None = None, zero: bool = False,
               digits: int = 1, **labels: Any) -> Figure:  # fmt: skip
     """Return the figure of points with intervals: a line a level of `row`, from the top, in it one a level of `hue`.
 
@@ -162,7 +159,7 @@ def intervals(table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low",
 
 
 def curves(table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str | None = None, high: str | None = None,
-           axis: Axes | None = None, log: str = "", marker: str = "o", **labels: Any) -> Figure:  # fmt: skip
+           axis: plt.Axes | None = None, log: str = "", marker: str = "o", **labels: Any) -> Figure:  # fmt: skip
     """Return the figure, a new one unless there is an `axis`, of lines with bands from `low` to `high`.
 
     With `log="x"` an infinite x, as of a temperature, is ∞ at the right end. `labels` (xlabel, title) go to `Axes.set`.
@@ -192,7 +189,7 @@ def curves(table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str
 
 def _legend(axis: Any, paint: Mapping[str, str], marker: str, line: Any = "") -> Figure:
     """Name the colours: above a figure of one panel, in the panel where there are several. Return the figure."""
-    marks = [Line2D([], [], color=tone, marker=marker, markersize=4, linestyle=line) for tone in paint.values()]
+    marks = [plt.Line2D([], [], color=tone, marker=marker, markersize=4, linestyle=line) for tone in paint.values()]
     figure, names = axis.get_figure(root=True), [label(str(name)) for name in paint]
     if marks and len(figure.axes) == 1:
         figure.legend(marks, names, loc="outside upper left", ncols=4, handletextpad=0.4, columnspacing=1.2)
@@ -234,14 +231,14 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
     return figure
 
 
-def outline(axis: Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, below: bool = False,
+def outline(axis: plt.Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, below: bool = False,
             avoid: Sequence[Sequence[float]] = (), mask: np.ndarray | None = None) -> None:  # fmt: skip
     """Draw a box (xywh), or a mask [H, W], its label in the picture, off boxes, labels and what to `avoid` if possible."""
     for width, edge in ((2.8, "black"), (1.4, colour)) if dashed else ((3.0, "white"), (1.8, colour)):
         line: Any = (0, (7 / width, 6 / width)) if dashed else "-"  # in units of the width; a pick shows in the gaps
         if mask is None:
-            patch = Rectangle((box[0], box[1]), *box[2:], fill=False, edgecolor=edge, linewidth=width, linestyle=line)
-            axis.add_patch(patch)
+            style: Any = {"fill": False, "edgecolor": edge, "linewidth": width, "linestyle": line}
+            axis.add_patch(plt.Rectangle((box[0], box[1]), box[2], box[3], **style))
         elif mask.any() and not mask.all():
             axis.contour(mask, [0.5], colors=[edge], linewidths=width, linestyles=[line])
     if label:
@@ -251,7 +248,7 @@ def outline(axis: Axes, box: Sequence[float], colour: str, label: str = "", dash
         text.spot = spot  # type: ignore[attr-defined]
 
 
-def _free_spot(axis: Axes, letters: int, box: Sequence[float], below: bool, avoid: Sequence) -> tuple[float, ...]:
+def _free_spot(axis: plt.Axes, letters: int, box: Sequence[float], below: bool, avoid: Sequence) -> tuple[float, ...]:
     """The place (xywh) of a label at a box that covers least of what should stay free."""
     (left, right), (low, high) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
     point = (right - left) / axis.get_window_extent().width * axis.figure.dpi / 72  # in pixels of the picture
@@ -282,7 +279,7 @@ def scene_panel(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, scores
     return figure
 
 
-def _draw_scene(axis: Axes, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, row: int, chosen: dict) -> None:
+def _draw_scene(axis: Any, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, row: int, chosen: dict) -> None:
     """Draw an expression's picture with its target and the candidates in the `chosen` rows of `pairs`, method → row."""
     asked = ds.expressions.iloc[row]
     image, target = ds.load_image(asked["image_id"]), ds.annotations.loc[asked["ann_id"]]
@@ -326,9 +323,7 @@ def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a:
     return figure
 
 
-def _draw_ladder(
-    axis: Axes, s: np.ndarray, bias: np.ndarray, crops: Sequence[np.ndarray], picks: Mapping[str, int]
-) -> None:
+def _draw_ladder(axis: Any, s: np.ndarray, bias: np.ndarray, crops: Sequence, picks: Mapping[str, int]) -> None:
     """Draw logit and bias [N] of each candidate, its picture and the two numbers below; `picks`: positions."""
     place: Any = {"xycoords": axis.get_xaxis_transform(), "annotation_clip": False}
     tones, best, words = (
