@@ -11,53 +11,46 @@ from typing import Any
 from bsap_utils import ROOT
 
 REQUIRED = {"SPLIT", "MODEL", "PRETRAINED", "VISUAL_PROMPTS", "METHODS"}  # lists that may not be empty
-LISTS = REQUIRED | {"BANKS", "TEMPLATES", "TEMPERATURES", "SIZES", "GALLERY", "SCORES", "OTHER_TEMPLATES"}
-LISTS |= {"OTHER_PROMPTS", "OTHER_PROPOSALS", "CLIPS"}
+LISTS = REQUIRED | {"BANKS", "CLIPS", "GALLERY", "SCORES", "SIZES", "TEMPERATURES"}
+LISTS |= {"OTHER_PROMPTS", "OTHER_PROPOSALS", "OTHER_TEMPLATES"}
 PROPOSALS = ("gt", "detections", "rpn", "masks", "whole")
-OURS = re.compile(r"(fig|table|predictions)_.*|run_info\.json|\..*")  # what notebooks write, and hidden files
+OURS = re.compile(r"(fig|table|predictions)_.*|.*\.(ipynb|html)|run_info\.json|\..*")  # notebooks', and hidden files
 
 
 def forms() -> list[tuple[str, Callable[[Any], bool], str]]:
     """Parameters of a form: their names, whether a value has it, and the form in words."""
-    import torch
-
     from bsap_utils import aux_prompts, normalization, visual_prompts
 
     methods, prompts, banks = normalization.METHODS, visual_prompts.VISUAL_PROMPTS, aux_prompts.BANKS
-    usable = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    devices = [name for name in usable if usable[name]]
-    is_file = lambda value: Path(str(value)).is_file()  # noqa: E731
+    is_file = lambda v: Path(str(v)).is_file()  # noqa: E731
+    whole = lambda v, least: type(v) is int and v >= least  # noqa: E731
+    between = lambda v, low, high: type(v) in (int, float) and low <= v <= high  # noqa: E731
     return [
-        ("TEMPLATE TEMPLATES OTHER_TEMPLATES", lambda v: bool(re.fullmatch(r"[^{}]*\{\}[^{}]*", str(v))),
+        ("TEMPLATE OTHER_TEMPLATES", lambda v: bool(re.fullmatch(r"[^{}]*\{\}[^{}]*", str(v))),
          'a text with "{}" once, the place of the expression'),
-        ("LIMIT AUX_SIZE TEXTS SEED TOP_K MIN_AREA STEPS PAIRS THREADS", lambda v: type(v) is int and v >= 0,
-         "a whole number, 0 or more"),
-        ("SCENE NEIGHBOURS NEAREST DRAWS SIZES HALVINGS BATCH_SIZE", lambda v: type(v) is int and v > 0,
-         "a whole number over 0"),
-        ("TEMPERATURE TEMPERATURES", lambda v: type(v) in (int, float) and (1e-6 <= v <= 1e6 or v == float("inf")),
+        ("LIMIT AUX_SIZE TEXTS SEED TOP_K MIN_AREA STEPS PAIRS THREADS", lambda v: whole(v, 0), "a whole number, 0 or more"),
+        ("SCENE NEIGHBOURS DRAWS SIZES HALVINGS BATCH_SIZE", lambda v: whole(v, 1), "a whole number over 0"),
+        ("TEMPERATURE TEMPERATURES", lambda v: between(v, 1e-6, 1e6) or v == float("inf"),
          "a number from 0.000001 to 1000000, or inf (the mean)"),
-        ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT MASK_NMS", lambda v: type(v) in (int, float) and 0 <= v <= 1,
-         "a number from 0 to 1"),
+        ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT MASK_NMS", lambda v: between(v, 0, 1), "a number from 0 to 1"),
         ("METHOD METHODS", methods.__contains__, f"one of {', '.join(methods)}"),
         ("VISUAL_PROMPTS OTHER_PROMPTS", prompts.__contains__, f"one of {', '.join(prompts)}"),
         ("AUX_BANK BANKS", lambda v: v in banks or is_file(v), f"one of {', '.join(banks)}, or a text file"),
         ("PROPOSALS OTHER_PROPOSALS", lambda v: v in PROPOSALS or is_file(v), f"{', '.join(PROPOSALS)}, or a JSON file"),
-        ("DEVICE", lambda v: str(v).partition(":")[0] in devices, f"{' or '.join(devices)} on this machine"),
     ]  # fmt: skip
 
 
 def start(parameters: MutableMapping[str, Any]) -> Path:
-    """Check a notebook's parameters, go to the repository's root, and return the folder of its figures and tables.
+    """Check a notebook's parameters (its globals), go to the repository's root, return the folder of its results.
 
-    `parameters` are the notebook's globals. A single value where a list is meant becomes a list of one there, and an
-    empty DATA_ROOT the data set's own. Raises ValueError that names parameter, value and what is possible.
+    A single value where a list is meant becomes a list of one, an empty DATA_ROOT the data set's own. Raises ValueError.
     """
     os.chdir(ROOT)
     for name in LISTS & parameters.keys():
         value = parameters[name]
         values = list(value) if isinstance(value, (list, tuple)) else [] if value == "" else [value]
         parameters[name] = values = values or [""] * (name == "PRETRAINED")  # models in a folder bring their own
-        twice = [one for one in values if values.count(one) > 1 and name != "PRETRAINED"]
+        twice = name != "PRETRAINED" and any(values.count(one) > 1 for one in values)
         if twice or not values and name in REQUIRED:
             raise ValueError(f"{name} = {value!r}: should name {'each once' if twice else 'at least one'}.")
     for names, fits, form in forms():
@@ -73,10 +66,7 @@ def start(parameters: MutableMapping[str, Any]) -> Path:
 
 
 def usable_folder(path: Path, results: bool = False, root: Path = ROOT) -> Path:
-    """Make `path` (below `root` where it is relative) and try it; ValueError where nothing can be written.
-
-    `results` go to a folder of the repository's figures/ or runs/, or to one elsewhere that holds nothing else.
-    """
+    """Make and try `path` below `root`; ValueError where nothing can be written, or `results` would mix with other files."""
     place, folder, home = root / path, (root / path).resolve(), root.resolve()
     elsewhere = not (folder.is_relative_to(home) or home.is_relative_to(folder))
     ours = (folder / "manifest.json").is_file() or not folder.is_dir() or all(map(OURS.fullmatch, os.listdir(folder)))

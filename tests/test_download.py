@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -129,7 +130,7 @@ def published() -> dict[str, bytes]:
 
 @pytest.fixture
 def mirror(published, monkeypatch):
-    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setattr(download, "PAUSES", (0, 0.01, 0.01))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("BSAP_BASE_URL", raising=False)
     server = Mirror()
@@ -166,7 +167,7 @@ def pictures(root: Path) -> list[Path]:
 
 
 def leftovers(root: Path) -> list[Path]:
-    return [path for path in root.rglob("*") if path.name.startswith((".part-", "tmp"))]
+    return [path for path in root.rglob("*") if path.name.startswith((".part-", "tmp")) or ".part" in path.name]
 
 
 def test_first_fetch_has_only_what_the_split_needs_in_the_layout_of_the_loader(mirror, tmp_path):
@@ -179,7 +180,7 @@ def test_first_fetch_has_only_what_the_split_needs_in_the_layout_of_the_loader(m
         f"refcoco{x}_dets_dict.json" for x in ("", "+", "g")
     }
     assert not leftovers(tmp_path) and not list(tmp_path.rglob("._*"))
-    assert "refcoco: 12 pictures, to get: 12, about 2 MB" in result.out  # said before it begins
+    assert "refcoco: 12 pictures, 12 to get, about 2 MB" in result.out  # said before it begins
 
 
 def test_what_is_there_is_not_fetched_again(mirror, got, capsys):
@@ -188,7 +189,7 @@ def test_what_is_there_is_not_fetched_again(mirror, got, capsys):
     mirror.log.clear()
     # refcoco+ has the same pictures, and its boxes came with refcoco's
     assert download.get("refcoco+", ["val"], got, mirror.url) == []
-    assert mirror.log == ["/refcoco+.zip"] and "to get: 0" in capsys.readouterr().out
+    assert mirror.log == ["/refcoco+.zip"] and ", 0 to get" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -216,6 +217,18 @@ def test_an_interrupted_fetch_leaves_whole_files_only_and_goes_on(mirror, tmp_pa
     assert download.check(tmp_path)[1] == []
 
 
+def test_what_killed_downloads_left_is_removed_and_what_others_do_stays(mirror, got):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ours = [got / f".part-{gone.pid}-abcd_123", got / PICTURES / f".part-{gone.pid}-abcd_123"]
+    others = [got / f".part-{os.getpid()}-abcd_123", got / ".part-mine", got / f".part-{gone.pid}-notes"]
+    for folder in ours + others:
+        folder.mkdir()
+        (folder / "refcoco.zip").write_bytes(b"half")
+    assert download.get("refcoco", ["val"], got, mirror.url) == []
+    assert [folder.exists() for folder in ours + others] == [False, False, True, True, True]
+
+
 def test_404_and_damaged_pictures_are_all_listed_and_the_rest_is_kept(mirror, tmp_path):
     small, other, cut, gone = (f"/train2014/{name}" for name in sorted(p[11:] for p in mirror.files if ".jpg" in p)[:4])
     photo = io.BytesIO()
@@ -225,7 +238,7 @@ def test_404_and_damaged_pictures_are_all_listed_and_the_rest_is_kept(mirror, tm
     assert result.code == 1 and len(pictures(tmp_path)) == sum(PER_SPLIT.values()) - 4 and not leftovers(tmp_path)
     for path, why in {small: "100", other: "", cut: "", gone: "404"}.items():
         assert re.search(rf"{mirror.url}{path}: .*{why}", result.out), path
-    assert mirror.log.count(gone) == 1 and mirror.log.count(cut) == download.ROUNDS  # what may pass is tried again
+    assert mirror.log.count(gone) == 1 and mirror.log.count(cut) == len(download.PAUSES)  # what may pass is tried again
     mirror.faults = {}
     mirror.log.clear()
     assert download.get("refcoco", [], tmp_path, mirror.url) == [] and len(mirror.log) == 4
@@ -365,11 +378,11 @@ def evil_zip(name: str) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (evil_zip("../../refs(unc).p"), "no such file"),
-        (evil_zip("/tmp/refs(unc).p"), "no such file"),
+        (evil_zip("../../refs(unc).p"), "refcoco cannot be read"),
+        (evil_zip("/tmp/refs(unc).p"), "refcoco cannot be read"),
         (make_zip({"refcoco/instances.json": b"{}"}), "no such file"),
         (make_zip({"refcoco/instances.json": b"0" * 3_000_000, "refcoco/refs(unc).p": b""}), "unpacks to more than"),
-        (make_zip({"refcoco/refs(unc).p": b"abc" * 99})[:-30], "cannot be unpacked"),
+        (make_zip({"refcoco/refs(unc).p": b"abc" * 99})[:-30], "safe to unpack"),
     ],
     ids=["outside", "absolute", "absent", "bomb", "short"],
 )
@@ -396,13 +409,13 @@ def as_link(kind: bytes, target: str):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (make_tar({"../refcoco_dets_dict.json": b"{}"}), "not safely"),
-        (make_tar({DETS: b""}, as_link(tarfile.SYMTYPE, "/etc/passwd")), "not safely"),
-        (make_tar({DETS: b""}, as_link(tarfile.LNKTYPE, "../refcoco/instances.json")), "not safely"),
-        (make_tar({DETS: b""}, as_link(tarfile.FIFOTYPE, "")), "not safely"),
+        (make_tar({"../refcoco_dets_dict.json": b"{}"}), "safe to unpack"),
+        (make_tar({DETS: b""}, as_link(tarfile.SYMTYPE, "/etc/passwd")), "safe to unpack"),
+        (make_tar({DETS: b""}, as_link(tarfile.LNKTYPE, "../refcoco/instances.json")), "safe to unpack"),
+        (make_tar({DETS: b""}, as_link(tarfile.FIFOTYPE, "")), "safe to unpack"),
         (make_tar({DETS: b""}, as_link(tarfile.SYMTYPE, "other.json")), "refcoco_dets_dict.json"),
         (make_tar({"bomb": b"0" * 3_000_000, DETS: b"{}"}), "unpacks to more than"),
-        (make_tar({DETS: b"{}" * 50_000})[:150], "cannot be unpacked"),
+        (make_tar({DETS: b"{}" * 50_000})[:150], "safe to unpack"),
         (make_tar({DETS: b"{"}), "valid JSON"),
     ],
     ids=["above", "symlink", "hardlink", "fifo", "inner-link", "bomb", "short", "malformed"],  # bytes hold the time
@@ -427,7 +440,7 @@ def test_a_compressed_bomb_stops_at_the_limit(mirror, tmp_path, monkeypatch):
 def test_a_full_disk_stops_it_with_a_clear_message(mirror, got, monkeypatch):
     usage = shutil.disk_usage(got)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage._replace(free=60_000))
-    with pytest.raises(DatasetError, match="The disk has not 0 MB left"):
+    with pytest.raises(DatasetError, match="The disk has not so much left"):
         download.get("refcoco", ["testA"], got, mirror.url)
     assert not mirror.log
 

@@ -62,7 +62,7 @@ def test_a_single_name_is_a_list_of_one_and_the_root_is_the_data_sets_own():
         ("METHODS", ["bsap", "clip", "bsap"], "each once"), ("SPLIT", ["val", "val"], "each once"), ("SPLIT", [], "at least one"),
         ("VISUAL_PROMPTS", "crob", "crop, shade, "), ("VISUAL_PROMPTS", "", "at least one"),
         ("AUX_BANK", "categorys", "categories, coco80, "), ("BANKS", ["generic", "x"], "or a text file"),
-        ("PROPOSALS", "detektions", "gt, detections, rpn, masks, whole, or a JSON file"), ("DEVICE", "gpu", "auto or cpu"),
+        ("PROPOSALS", "detektions", "gt, detections, rpn, masks, whole, or a JSON file"),
         ("PRETRAINED", ["a", "b"], "one for all of MODEL"),
     ],
 )  # fmt: skip
@@ -112,6 +112,8 @@ def test_a_folder_with_files_that_no_run_made_is_refused_and_one_of_a_run_taken(
     with pytest.raises(ValueError, match="holds files that no run made"):
         start(OUT_DIR=str(tmp_path))
     (tmp_path / "README.md").rename(tmp_path / "fig_1.png")
+    for name in ("out.ipynb", "out.html"):  # as plain papermill leaves them where the results go, too
+        (tmp_path / name).write_text("executed")
     assert start(OUT_DIR=str(tmp_path)) == tmp_path
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "manifest.json").write_text("{}")
