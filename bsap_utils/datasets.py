@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pickle
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -47,7 +46,7 @@ def open_picture(source: Path | str | bytes | BinaryIO | Image.Image, upright: b
     """Return a picture, from a file or its bytes, in RGB and without metadata; of an animation the first frame.
 
     16 bits are scaled to 8 by 65,535, 32 bits and floats by the smallest of 1, 255, 65,535 and 2³² that holds them all.
-    `upright` turns it by its EXIF orientation: not where boxes are in raw pixels, as COCO's. DatasetError for all else.
+    `upright` turns it by its EXIF orientation: not where boxes are in raw pixels, as COCO's. Raises DatasetError.
     """
     name = source if isinstance(source, (Path, str)) else "The picture"
     with reading(name, f"a whole picture of a format among {', '.join(FORMATS)}"):
@@ -131,10 +130,7 @@ def load_refer(
 ) -> ReferDataset:
     """Read the data set in the folder `root/dataset`: the first of these that is there (data/README.md shows each).
 
-    - `refs(<split_by>).p` and `instances.json`, the UNC layout; `split_by` is "umd" for refcocog, "unc" for all others
-    - `expressions.csv`: file_name, x, y, w, h, text and perhaps split, category, segmentation, width, height
-    - `<dataset>_<split>.json`: a list of img_id, sents, bbox, width, height
-
+    `refs(<split_by>).p` ("umd" for refcocog, else "unc") with `instances.json`, `expressions.csv`, `<dataset>_<split>.json`.
     Boxes that leave their image are clipped, those without area and expressions of white space left out, each counted; all
     else that is wrong raises DatasetError.
     """
@@ -216,30 +212,23 @@ def _read_refs(path: Path) -> pd.DataFrame:
 
 def _read_rows(path: Path, dataset: str) -> pd.DataFrame:
     """Return a row an expression of a CSV or of the list of an evaluation kit, whose img_id is COCO's name and a number."""
+    kinds = {"file_name": str, "text": str, "split": str, "bbox": XYWH, "category": object, "segmentation": object}
     with reading(path, "a CSV in UTF-8, its first line file_name,x,y,w,h,text, or a list (data/README.md shows both)"):
         if path.suffix == ".csv":
             table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
             table = table.rename(columns=str.strip)
-            rows = table.assign(split=table.get("split", "all"), bbox=table[XYWH].to_numpy().tolist()).to_dict(
-                "records"
-            )
-        else:
-            rows, split = read_json(path), path.stem.removeprefix(f"{dataset}_")
-            names = [re.sub(r"^(COCO_\w+_\d{12})_\d+$", r"\1", row["img_id"]) for row in rows]
-            names = [name if re.search(r"\.\w+$", name) else f"{name}.jpg" for name in names]
-            rows = [
-                row | {"file_name": name, "text": row["sents"], "split": split}
-                for row, name in zip(rows, names, strict=True)
+            table["bbox"], table["split"] = table[XYWH].to_numpy().tolist(), table.get("split", "all")
+            table["segmentation"] = [
+                json.loads(mask or "null") for mask in table.get("segmentation", [""] * len(table))
             ]
-        for row in rows:
-            row["segmentation"] = json.loads(row.get("segmentation") or "null")
-        sizes = {"width": float, "height": float} if all("width" in row for row in rows) else {}
-    kinds = {"file_name": str, "text": str, "split": str, "bbox": XYWH, "category": object, "segmentation": object}
-    return (
-        read_table(rows, f"{path}: row", **kinds, **sizes)
-        .fillna({"category": ""})
-        .astype(dict.fromkeys(sizes, np.int64))
-    )
+        else:
+            table = pd.DataFrame(read_json(path)).rename(columns={"sents": "text"})
+            names = table["img_id"].str.replace(r"^(COCO_\w+_\d{12})_\d+$", r"\1", regex=True)
+            table["file_name"] = names.where(names.str.contains(r"\.\w+$"), names + ".jpg")
+            table["split"] = path.stem.removeprefix(f"{dataset}_")
+    sizes = {"width": float, "height": float} if "width" in table else {}
+    rows = read_table(table.to_dict("records"), f"{path}: row", **kinds, **sizes)
+    return rows.fillna({"category": ""}).astype(dict.fromkeys(sizes, np.int64))
 
 
 def _split_up(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

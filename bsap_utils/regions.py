@@ -186,27 +186,25 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict:
-    """Return COCO's compressed RLE of polygons or of RLE of either kind. Raises ValueError, TypeError, KeyError, …"""
+    """Return COCO's compressed RLE of polygons or of RLE of either kind. Raises ValueError, TypeError, OverflowError, …"""
     if isinstance(segmentation, dict):
-        size, counts = [int(height), int(width)], segmentation["counts"]
-        rle = coco.frPyObjects({"size": size, "counts": counts}, *size) if isinstance(counts, list) else segmentation
+        counts, size = segmentation["counts"], [int(height), int(width)]
         if list(segmentation["size"]) != size:
             raise ValueError(f"RLE of size {segmentation['size']} for {size}")
-        if type(counts) is bytes:
-            return rle  # pycocotools made it: JSON holds text
-        if type(counts) is str and not re.fullmatch("[0-o]*[0-O]", counts):
-            raise ValueError("damaged counts, behind whose end pycocotools would read on")
-        whole = coco.encode(coco.decode(rle))  # other than before where the runs do not fill the picture
-        if whole["counts"] != (counts.encode() if type(counts) is str else rle["counts"]):
+        if isinstance(counts, bytes):
+            return segmentation  # pycocotools made it: JSON holds text
+        if isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts):
+            raise ValueError("damaged counts, beyond which pycocotools would read on")
+        rle = {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
+        rle = coco.frPyObjects(rle, *size) if isinstance(counts, list) else rle
+        if coco.encode(coco.decode(rle)) != rle:
             raise ValueError("runs that do not fill the picture")
-        return whole
+        return rle
     polygons = [np.reshape(polygon, (-1, 2)) for polygon in datasets.clean_mask(segmentation)[0]]
-    points = np.concatenate(polygons)
-    length = sum(np.abs(np.diff(polygon, axis=0)).sum() for polygon in polygons)
-    if points.dtype.kind not in "if" or not (
-        length <= MAX_OUTLINE and 1 < np.abs(points).max() <= 10 * (height + width)
-    ):
-        raise ValueError("polygons that are no numbers, shares of 1, too long, or far outside")
+    points, length = np.concatenate(polygons), sum(np.abs(np.diff(polygon, axis=0)).sum() for polygon in polygons)
+    fits = length <= MAX_OUTLINE and 1 < np.abs(points).max() <= 10 * (height + width)  # neither shares of 1 nor NaN
+    if points.dtype.kind not in "if" or not fits:
+        raise ValueError("polygons that are no numbers, too long, or not in pixels of the picture")
     return coco.merge(coco.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width))
 
 
