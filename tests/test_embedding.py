@@ -191,7 +191,7 @@ def test_broken_pictures_members_and_files_cost_themselves_only(run, tmp_path):
     assert set(by_id(tmp_path / "out")) == {"good.png", "p0", "t0000", "t0003", "t0004", "t0005"}
     found = {row["id"] or row["source"]: row["error"] for row in errors(tmp_path / "out")}
     assert set(found) == {"cut.png", "empty.png", "eps.jpg", "strange.parquet", "broken.parquet", "p1", "t0002"}
-    assert "no column image or bytes, but text" in found["strange.parquet"] and found["p1"] == "no bytes"
+    assert "no column image or bytes" in found["strange.parquet"] and found["p1"] == "no bytes"
     for path in source.glob("*"):
         path.unlink()
     (source / "mended.png").write_bytes(IMAGES["0000"])
