@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,9 +24,8 @@ SCALES, LONGEST = (50, 100, 200, 400, 800), 400  # from parts to things, in an i
 def felzenszwalb(image: Image.Image, top_k: int = 40) -> tuple[list[dict], np.ndarray]:
     """Segment an image by colour: masks (compressed RLE, [N]) and scores in 0..1 [N], best first.
 
-    Felzenszwalb and Huttenlocher's segmentation (IJCV 2004) at several scales; segments of 0.1 % to 60 % of the image. The
-    score is the contrast with a ring around, less for small segments and those that touch sides of the image. Of two with
-    IoU > 0.8 the better stays.
+    Felzenszwalb and Huttenlocher's (IJCV 2004), at several scales. The score is the contrast with a ring around, less for
+    small segments and those that touch sides of the image. Of two with IoU > 0.8 the better stays.
     """
     small = image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST))
@@ -53,34 +53,32 @@ def _contrast(mask: np.ndarray, lab: np.ndarray) -> float:
     return float(distance / (distance + spread + 1e-9))
 
 
-def sam(model: str = "facebook/sam-vit-base", device: str | None = None, points_per_side: int = 32) -> Segmenter:
-    """Return Segment Anything (Kirillov et al., ICCV 2023) as a segmenter: transformers' mask-generation pipeline.
-
-    `model` is a name on the hub or a folder; the score is SAM's own. RuntimeError without transformers or the weights.
-    """
+def sam(model: str = "facebook/sam-vit-base", **options: Any) -> Segmenter:
+    """Return Segment Anything (Kirillov et al. 2023): a model of the hub or a folder, options of transformers' pipeline."""
     try:
         from transformers import pipeline
 
-        generate = pipeline("mask-generation", model=model, device=device)
+        generate = pipeline("mask-generation", model=model, **options)
     except Exception as error:  # ImportError, or whatever the hub and damaged files lead to
-        raise RuntimeError(f"SAM cannot be loaded from {model!r} ({str(error).partition(chr(10))[0]}). Install bsap-utils[sam], "
-                           "pass a folder with config.json and model.safetensors, or use felzenszwalb.") from error  # fmt: skip
+        advice = "install bsap-utils[sam], pass a folder with its files, or use felzenszwalb"
+        raise RuntimeError(
+            f"SAM cannot be loaded from {model!r} ({' '.join(str(error).split())}): {advice}."
+        ) from error
 
     def segment(image: Image.Image) -> tuple[list[dict], np.ndarray]:
-        found = generate(image.convert("RGB"), points_per_crop=points_per_side, points_per_batch=64)
-        scores = np.array([float(score) for score in found["scores"]])
-        order = np.argsort(-scores, kind="stable")
-        return [coco.encode(np.asfortranarray(found["masks"][i], dtype=np.uint8)) for i in order], scores[order]
+        found = generate(image.convert("RGB"))
+        masks = [coco.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in found["masks"]]
+        return masks, np.array([float(score) for score in found["scores"]])  # best first
 
     return segment
 
 
 def write_masks(ds: ReferDataset, segment: Segmenter, path: str | Path) -> int:
-    """Segment every image of `ds` into `path`, COCO results {image_id, segmentation, score}; return how many masks."""
+    """Segment every image of `ds` into a file of COCO results; return how many masks."""
     entries = []
     for image_id in tqdm(ds.images.index, desc="Segmenting images", unit="image"):
         for mask, score in zip(*segment(ds.load_image(image_id)), strict=True):
-            rle = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
+            rle = mask | {"counts": mask["counts"].decode()}
             entries.append({"image_id": int(image_id), "segmentation": rle, "score": round(float(score), 4)})
     write_file(path, json.dumps(entries, separators=(",", ":")).encode())
     return len(entries)

@@ -3,10 +3,6 @@
 A visual prompt is a function `(image, boxes, masks) -> views` on the image's device: `image` [3, H, W] uint8, `boxes`
 [N, 4] xywh in pixels, on the CPU (to read an edge back from a GPU would make it wait), `masks` [N, H, W] bool or None;
 views are uint8 of any size. They are squashed to the model's square, as in ReCLIP: a centre crop would cut long regions.
-
->>> image = torch.randint(0, 255, (3, 48, 64), dtype=torch.uint8)
->>> show_regions(image, torch.tensor([[4.0, 4.0, 20.0, 30.0]]), ("crop", "circle"), size=32).shape
-torch.Size([2, 1, 3, 32, 32])
 """
 
 from __future__ import annotations
@@ -40,8 +36,8 @@ def pixel_edges(boxes: Tensor, height: int, width: int) -> Tensor:
 def gaussian_blur(image: Tensor, sigma: float = 100.0) -> Tensor:
     """Blur [3, H, W] uint8 with standard deviation `sigma` in pixels, as PIL does and hence ReCLIP.
 
-    PIL takes three box blurs for a Gaussian, and each repeats the edge pixel that it finds. A wide blur has no fine
-    detail: it is worked out at six points to a σ and interpolated, within 1 grey level of PIL at σ = 100.
+    PIL takes three box blurs, each of which repeats the edge pixel that it finds. A wide blur is worked out at six points
+    to a σ and interpolated, within 1 grey level of PIL at σ = 100.
     """
     height, width = image.shape[-2:]
     down, across = (_blur_matrix(length, sigma, image.device) for length in (height, width))
@@ -113,11 +109,6 @@ def mask_line(image: Tensor, boxes: Tensor, masks: Tensor, thickness: float = LI
     return dilated & ~eroded
 
 
-def own_masks(image: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
-    """Return the masks as they are, [N, H, W]: what a prompt for masks stamps."""
-    return masks
-
-
 def tint(image: Tensor) -> Tensor:
     """Return the image under a translucent red, that of "CPT-adapted" in ReCLIP's code."""
     return (image + 127 / 255 * (_pixel((240, 0, 30), image) - image.float())).round().byte()
@@ -156,8 +147,8 @@ VISUAL_PROMPTS: dict[str, VisualPrompt] = {
     "circle_gray": whole(ellipse_masks, outside=gray),  # C3
     "circle_blur": whole(ellipse_masks, outside=gaussian_blur),  # C4
     "mask_contour": whole(mask_line, inside=red),  # D1
-    "mask_gray": whole(own_masks, outside=gray),  # D3
-    "mask_blur": whole(own_masks, outside=gaussian_blur),  # D4, "blur reverse mask"
+    "mask_gray": whole(lambda image, boxes, masks: masks, outside=gray),  # D3
+    "mask_blur": whole(lambda image, boxes, masks: masks, outside=gaussian_blur),  # D4, "blur reverse mask"
     "mask_crop": crop,  # Global-Local CLIP (Yu et al. 2023), which fills with ImageNet's mean: one grey level off
     "global_local": crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
 }
@@ -165,25 +156,26 @@ MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop",
 
 
 def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
-    """Return which patches of a vision transformer belong to masks [N, H, W]: [N, rows · columns of its `grid`] bool.
+    """Return the patches that masks [N, H, W] cover at least half as much as that which they cover most: [N, rows · columns].
 
-    Those that a mask covers at least half as much as the one it covers most: a thin mask keeps what it has, an empty one all.
+    So a thin mask keeps what it has, an empty one all. `grid`: rows and columns of the vision transformer's patches.
     """
     coverage = functional.adaptive_avg_pool2d(masks.float(), (grid[0], grid[1])).flatten(1)
     return coverage >= coverage.amax(1, keepdim=True) / 2
 
 
-def squash(images: Tensor, size: Size, interpolation: str = "bicubic") -> Tensor:
-    """Resize [..., 3, H, W] uint8 to a square (or height, width), antialiased, whatever the aspect ratio."""
+def squash(images: Tensor | list[Tensor], size: Size, interpolation: str = "bicubic") -> Tensor:
+    """Resize [..., 3, H, W] uint8, or a list of such, to a square (or height, width), antialiased, whatever the shape."""
+    if isinstance(images, list):
+        return torch.stack([squash(image, size, interpolation) for image in images])
     shape = [size, size] if isinstance(size, int) else list(size)
     return transforms.resize(images, shape, InterpolationMode(interpolation), antialias=True)
 
 
 def resampling_weights(lengths: Tensor, size: int, longest: int, interpolation: str = "bicubic") -> Tensor:
-    """Return the matrices that resample lines of `lengths` [N] pixels to `size`: [N, size, longest] float32.
+    """Return the matrices that resample lines of `lengths` [N] pixels to `size`, antialiased: [N, size, longest] float32.
 
-    Antialiased as PIL and torchvision have it: a triangle, or Keys' kernel (1981, a = -0.5), as wide as an output pixel
-    when that is larger than an input pixel.
+    A triangle, or Keys' kernel (1981, a = -0.5), as wide as an output pixel where that is larger than an input pixel.
     """
     scale = (lengths / size)[:, None, None]
     here = torch.arange(longest, device=lengths.device) + 0.5
@@ -196,10 +188,7 @@ def resampling_weights(lengths: Tensor, size: int, longest: int, interpolation: 
 
 
 def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str = "bicubic") -> Tensor:
-    """Do what `squash` does to views [3, h, w] of any sizes, all in two matrix products: [N, 3, size, size] uint8.
-
-    A GPU would spend more time on starting a resize a crop than on encoding it; a CPU skips the zeros of these matrices.
-    """
+    """Do what `squash` does to views [3, h, w] of any sizes, in two matrix products: a GPU would wait for a resize a crop."""
     shape = (size, size) if isinstance(size, int) else size
     if isinstance(views, Tensor):
         sizes, padded = torch.tensor([views.shape[-2:]]), views.float()
@@ -215,32 +204,30 @@ def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str
     return (rows @ across).round_().clamp_(0, 255).byte()
 
 
-def show_regions(image: Tensor, boxes: Tensor, visual_prompts: Sequence[str], size: Size, masks: Tensor | None = None,
-                 interpolation: str = "bicubic") -> Tensor:  # fmt: skip
+def show_regions(
+    image: Tensor, boxes: Tensor, names: Sequence[str], size: Size, masks: Tensor | None = None, kind: str = "bicubic"
+) -> Tensor:
     """Return the views of N regions of one image under V visual prompts: [V, N, 3, size, size] uint8.
 
     `image` [3, H, W] uint8 on any device, `boxes` [N, 4] xywh in pixels on the CPU, `masks` [N, H, W] bool on the image's
-    device for the prompts of MASK_PROMPTS. Raises ValueError for an unknown prompt, and where masks are missing or misfit.
+    device for the prompts of MASK_PROMPTS, `kind` of interpolation. Raises ValueError.
     """
-    check_prompts(visual_prompts)
+    check_prompts(names)
     wanted = [len(boxes), *image.shape[1:]]
-    if MASK_PROMPTS.intersection(visual_prompts) and (masks is None or list(masks.shape) != wanted):
-        raise ValueError(f"The visual prompts {list(visual_prompts)} need masks {wanted} of bool.")
+    if MASK_PROMPTS.intersection(names) and (masks is None or list(masks.shape) != wanted):
+        raise ValueError(f"The visual prompts {list(names)} need masks {wanted} of bool.")
     step = max(1, AT_ONCE // image.numel())
     parts = [slice(start, start + step) for start in range(0, len(boxes), step)]
 
     def shown(name: str, part: slice) -> Tensor:
         views = VISUAL_PROMPTS[name](image, boxes[part], None if masks is None else masks[part])
-        if image.device.type != "cpu":
-            return squash_together(views, size, interpolation)
-        if isinstance(views, Tensor):
-            return squash(views, size, interpolation)
-        return torch.stack([squash(view, size, interpolation) for view in views])
+        return (squash if image.device.type == "cpu" else squash_together)(views, size, kind)
 
-    return torch.stack([torch.cat([shown(name, part) for part in parts]) for name in visual_prompts])
+    return torch.stack([torch.cat([shown(name, part) for part in parts]) for name in names])
 
 
 def check_prompts(names: Sequence[str]) -> None:
-    """Raise ValueError for a visual prompt that is not in VISUAL_PROMPTS."""
-    if unknown := [name for name in names if name not in VISUAL_PROMPTS]:
+    """Raise ValueError for no visual prompt, or one that is not in VISUAL_PROMPTS."""
+    unknown = [name for name in names if name not in VISUAL_PROMPTS]
+    if unknown or not len(names):
         raise ValueError(f"Unknown visual prompt {unknown}; there are: {', '.join(VISUAL_PROMPTS)}.")

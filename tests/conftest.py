@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from bsap_utils import ROOT
 from bsap_utils.datasets import load_refer
-from bsap_utils.regions import load_candidates, pair_up
+from bsap_utils.regions import ground_truth, load_candidates, pair_up
 
 os.environ["BSAP_CACHE"] = ""  # every test encodes for itself; those of the cache give it a folder of their own
 SHARED = ROOT.parent / "shared"
@@ -32,6 +32,17 @@ def sample():
 @pytest.fixture(scope="session")
 def sample_val(sample):
     return sample.select(split="val")
+
+
+@pytest.fixture(scope="session")
+def few(sample):
+    """Five images, whose `regions` are their ground truth."""
+    return sample.select(split="val", limit=5)
+
+
+@pytest.fixture(scope="session")
+def regions(few):
+    return ground_truth(few)
 
 
 @pytest.fixture(scope="session")

@@ -22,16 +22,6 @@ def kept(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def few(sample):
-    return sample.select(split="val", limit=5)
-
-
-@pytest.fixture(scope="module")
-def regions(few):
-    return ground_truth(few)
-
-
 @pytest.fixture
 def counted(save_clip, kept):
     """Make scorers of one model; `.images` and `.texts` count what they encode."""
@@ -195,12 +185,11 @@ def test_a_file_that_cannot_be_read_now_is_left(error, few, regions, counted, ke
 
 
 def test_what_is_not_a_number_never_counts_as_known(kept):
-    store = scoring.Store({"about": "this"}, 2)
     features = torch.tensor([[1.0, 0.0], [torch.nan, 1.0], [torch.inf, 0.0]])
     keys = [scoring.digest(one) for one in "abc"]
-    store.keep(keys, features)
-    assert scoring.Store({"about": "this"}, 2).find(keys).isnan().any(1).tolist() == [False, True, True]
-    assert scoring.Store({"about": "that"}, 2).find(keys).isnan().all()
+    scoring.keep_features("a" * 32, keys, features)
+    assert scoring.find_features("a" * 32, keys, 2).isnan().any(1).tolist() == [False, True, True]
+    assert scoring.find_features("b" * 32, keys, 2).isnan().all() and scoring.find_features("", keys, 2).isnan().all()
 
 
 def test_an_interrupted_run_goes_on_from_the_groups_done(sample, counted, monkeypatch):

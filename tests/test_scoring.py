@@ -14,18 +14,8 @@ from pycocotools import mask as coco
 
 from bsap_utils import global_local, scoring
 from bsap_utils.datasets import DatasetError
-from bsap_utils.regions import ground_truth, load_candidates, pair_up, whole_images
+from bsap_utils.regions import load_candidates, pair_up, whole_images
 from bsap_utils.scoring import ClipScorer, ModelError, load_scorer
-
-
-@pytest.fixture(scope="module")
-def few(sample):
-    return sample.select(split="val", limit=5)
-
-
-@pytest.fixture(scope="module")
-def regions(few):
-    return ground_truth(few)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +78,6 @@ def test_images_as_paths_bytes_pil_and_tensors_in_their_order(tiny, few):
     assert (kinds - kinds[0]).abs().max() < 1e-6
     small = ClipScorer(tiny.model_name, device="cpu", batch_size=1, cache=False)
     assert torch.allclose(small.encode_images(paths * 7), tiny.encode_images(paths).repeat(7, 1), atol=1e-6)
-    with pytest.raises(ValueError, match="no images"):
-        tiny.encode_images([])
 
 
 def test_a_lying_photo_is_turned_upright_and_16_bits_are_not_white(tiny, few, tmp_path):
@@ -155,7 +143,7 @@ def test_the_logits_of_an_ensemble_are_the_mean_of_its_models(few, regions, tiny
     assert torch.allclose(both.pair_logits(image, text, pairs), (alone[0] + alone[1]) / 2, atol=1e-4)
     assert both.encode_images([few.image_path(few.images.index[0])]).shape == (1, 40)
     assert isinstance(load_scorer(tiny.model_name, device="cpu"), ClipScorer)
-    with pytest.raises(ModelError, match="3 models and 2 pretrained"):
+    with pytest.raises(ValueError, match="shape mismatch"):
         load_scorer(["a", "b", "c"], ["x", "y"])
 
 
@@ -201,9 +189,10 @@ def test_what_fails_in_a_reader_reaches_the_caller(few, regions, tiny, tmp_path)
         tiny.encode_regions(moved, regions)
 
 
-def test_nothing_to_encode_and_unknown_prompts_are_said(few, regions, tiny):
-    with pytest.raises(ValueError, match="Nothing to encode"):
-        tiny.encode_regions(few, regions.head(0))
+def test_no_candidates_have_no_features_and_unknown_prompts_are_said(few, regions, tiny):
+    assert tiny.encode_regions(few, regions.head(0)).shape == (2, 0, 16)
+    with pytest.raises(ValueError, match="there are: crop"):
+        tiny.encode_regions(few, regions, [])
     with pytest.raises(ValueError, match="halo"):
         tiny.encode_regions(few, regions, ("halo",))
 
@@ -237,7 +226,7 @@ def test_torchvisions_decoder_gives_pils_pixels(sample):
     assert torch.equal(pixels, scoring.read_image(sample, sample.images.index[0]))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_agrees_with_fp32(few, regions, scorer, precision):
     half = ClipScorer(scorer.model_name, device="cpu", precision=precision, cache=False)
     a, b = (one.encode_regions(few, regions) for one in (scorer, half))
@@ -268,14 +257,16 @@ def class_token_without(visual, pixels, keep, from_block):
         return (visual.ln_post(tokens[:, 0]) @ visual.proj)[0]
 
 
-@pytest.mark.parametrize("from_block", [0, 2, 3])
-def test_hidden_patches_are_as_if_they_were_dropped(deep, from_block):
+@pytest.mark.parametrize(("layers", "from_block"), [(1, 0), (4, 3), (8, 6)])
+def test_hidden_patches_are_as_if_they_were_dropped(save_clip, layers, from_block):
+    tower = {**FOUR_BLOCKS, "layers": layers}
+    deep = ClipScorer(f"local-dir:{save_clip(vision_cfg=tower)}", device="cpu", cache=False)
     generator = torch.Generator().manual_seed(0)
     pixels, keep = torch.randn(1, 3, 32, 32, generator=generator), torch.rand(9, 64, generator=generator) < 0.4
     keep[0], keep[1] = True, False  # all patches, and none: the class token alone
     visual = deep.model.visual
     with torch.inference_mode():
-        features = global_local.encode_masked(visual, pixels, keep, from_block)
+        features = global_local.encode_masked(visual, pixels, keep)
         plain = visual(pixels)[0]
     for mask, feature in zip(keep, features, strict=True):
         assert torch.allclose(feature, class_token_without(visual, pixels, mask, from_block), atol=1e-5)
@@ -283,9 +274,6 @@ def test_hidden_patches_are_as_if_they_were_dropped(deep, from_block):
     assert (features[1:] - plain).abs().max(1).values.min() > 1e-3
     with torch.inference_mode():
         assert torch.equal(visual(pixels)[0], plain), "a hook was left behind"
-    for block in (-1, 4):
-        with pytest.raises(ValueError, match="blocks 0 to 3"):
-            global_local.encode_masked(visual, pixels, keep, block)
 
 
 def test_global_local_by_hand(few, regions, deep):
@@ -406,4 +394,4 @@ def test_head_noun_phrases_are_those_of_the_root(tmp_path, monkeypatch):
 def test_without_a_parser_the_expressions_stay_and_it_is_said(monkeypatch):
     texts = ["the man left of a car", "dog"]
     monkeypatch.setitem(sys.modules, "spacy", None)
-    assert global_local.noun_phrases(texts) == (texts, "none: spaCy is not installed")
+    assert global_local.noun_phrases(texts) == (texts, "none: spaCy is not installed, or no English model for it")

@@ -138,7 +138,7 @@ def test_sam_gives_masks_of_the_image_with_scores(tiny_sam):
     from transformers import pipeline
 
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
-    masks, scores = sam(str(tiny_sam), device="cpu", points_per_side=6)(noise)
+    masks, scores = sam(str(tiny_sam), device="cpu", points_per_crop=6)(noise)
     direct = pipeline("mask-generation", model=str(tiny_sam), device="cpu")(noise, points_per_crop=6)
     assert len(masks) == len(scores) == len(direct["masks"]) >= 1
     assert sorted(mask_areas(masks)) == sorted(int(np.asarray(mask).sum()) for mask in direct["masks"])
