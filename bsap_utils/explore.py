@@ -35,7 +35,7 @@ SOURCES = ["a scene of the data set", "a picture of my own"]
 BOX = ["x", "y", "width", "height"]
 MARK = '<div style="margin: -10px 75px 0 105px"><span style="margin-left: {:.1f}%">▲ w* = {:.2f}</span></div>'
 TAG = {"boxstyle": "square,pad=0.12", "facecolor": "0.2", "edgecolor": "none"}
-UNSEEN = "This CLIP has only ever seen drawn shapes: what it makes of a photograph means nothing."
+UNSEEN = '<div role="status">This CLIP has only ever seen drawn shapes: of a photograph it knows nothing.</div>'
 LINES = """from bsap_utils import *; from bsap_utils.explore import Explorer, Setting
 whole, scorer = load_refer({root!r}, {dataset!r}), load_scorer({models!r}, {pretrained!r})
 ds = whole.select({split!r}, {limit}); candidates = load_candidates(ds, {proposals!r}, {root!r})
@@ -190,6 +190,7 @@ class Controls(SimpleNamespace):
 
     def __init__(self, explorer: Explorer, start: Setting, number: int, data: dict[str, Any]) -> None:
         self.explorer, self.data, self.busy, self.row = explorer, data, False, -1
+        self.uploaded: Any = None
         wide = {"style": {"description_width": "95px"}, "layout": {"width": "98%"}}
         for name, (kind, label, tip, traits) in FIELDS.items():
             setattr(self, name, kind(description=label, tooltip=tip, **wide, **traits))
@@ -250,9 +251,7 @@ class Controls(SimpleNamespace):
         png = base64.b64encode(self.explorer.draw(self.shown, setting, table)).decode()
         picks = ", ".join(f"{plotting.label(name)} picks {table.at[name, 'pick']}" for name in ("clip", setting.method))
         self.picture.value = f'<img style="width: 100%; opacity: 1" alt="{picks}" src="data:image/png;base64,{png}">'
-        self.message.value = (
-            f'<div role="status">{UNSEEN}</div>' if own and "clip-refshapes" in str(self.data["models"]) else ""
-        )
+        self.message.value = UNSEEN if own and "clip-refshapes" in str(self.data["models"]) else ""
         self.table.value = plotting.show_table(table, 2).to_html()
         scene = f"scene = explorer.scene({self.scene.value})"
         if own:
@@ -265,12 +264,12 @@ class Controls(SimpleNamespace):
 
     def own_scene(self, changed: Any) -> SimpleNamespace:
         """Return the scene of the uploaded picture with the boxes that are drawn on it or found."""
-        if not self.upload.value:
-            raise ValueError("Choose a picture: a PNG or JPEG file.")
         if changed is self.upload:
             self.uploaded = open_picture(bytes(self.upload.value[0]["content"]), upright=True)
             self.uploaded.save(stream := io.BytesIO(), "jpeg", quality=85)
             self.boxes.image_bytes, self.boxes.bboxes, self.boxes.layout.display = stream.getvalue(), [], ""
+        if self.uploaded is None:
+            raise ValueError("Choose a picture: a PNG or JPEG file.")
         if changed is self.find:
             from .segmenters import coco, felzenszwalb  # here, since scikit-image takes a second to import
 

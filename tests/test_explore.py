@@ -203,6 +203,8 @@ def test_what_is_wrong_is_said_and_the_picture_fades_until_it_is_mended(page, na
 def test_a_bad_upload_is_said(page, content):
     upload(page, content)
     assert "cannot be read" in page.message.value
+    page.find.click()
+    assert "Choose a picture" in page.message.value
 
 
 def test_text_is_text(page):
