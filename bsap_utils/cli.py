@@ -4,9 +4,8 @@
     bsap run --all --params notebooks/params/sample.yaml    # 00, 01, ... in order -> figures/sample/
     bsap data get refcoco --split val; bsap data check data # the real data sets, and what is on disk
 
-A notebook runs in this very Python, in the repository's root, and writes to a staging folder below `runs/<time>/`. Only
-when it has finished do its files move to `figures/<run name>/`, entered in the `manifest.json` there: a failed run spoils
-nothing. A file is replaced only if the manifest names it, and removed only if it still is what the manifest says.
+A notebook runs in this very Python, in the repository's root, and writes to a folder below `runs/<time>/`. Only when it has
+finished do its files move to `figures/<run name>/`, entered in the `manifest.json` there: a failed run spoils nothing.
 """
 
 import ast
@@ -38,6 +37,7 @@ from bsap_utils.notebook import usable_folder
 ROOT = CLONE if (CLONE / "notebooks").is_dir() else Path.cwd()  # installed without the clone: where the user stands
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "pandas", "numpy", "bsap-utils")
 SECTIONS: dict[str, Any] = {"run_name": "", "skip": [], "all": {}, "published": {}}  # of a params file
+FREE = {"DATASET", "SPLIT", "REPORT_ON", "PROPOSALS", "GLOBAL_WEIGHT", "DATA_ROOT", "DEVICE", "OUT_DIR"}  # of its row
 FOLDER = click.Path(path_type=Path)
 INSTALLED = {d.name: d.version for d in metadata.distributions()}
 
@@ -66,16 +66,10 @@ def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-def listing(names: dict[str, Any]) -> str:
-    """One line a name; of a parameter its default and meaning, too."""
-    about = {n: f"{p['source']:<28} {p['help']}" for n, p in names.items() if isinstance(p, dict) and "source" in p}
-    return "".join(f"\n  {f'{name:<16} {about[name]}' if name in about else name}".rstrip() for name in names)
-
-
-def check_known(where: str, names: Any, known: dict[str, Any]) -> None:
+def check_known(where: str, names: Any, known: Any) -> None:
     """Raise ValueError at the first unknown name, with all known ones."""
     if strange := [name for name in names if name not in known]:
-        raise ValueError(f"{where} {strange[0]}. There are:{listing(known)}")
+        raise ValueError("\n  ".join([f"{where} {strange[0]}. There are:", *dict.fromkeys(known)]))
 
 
 def literal(text: str) -> Any:
@@ -85,28 +79,19 @@ def literal(text: str) -> Any:
     return text
 
 
-def braced(path: Path) -> str:
-    """A path for papermill, which fills in what stands in braces."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 def declared(notebook: Path) -> dict[str, dict[str, Any]]:
-    """What the cell tagged `parameters` assigns, as papermill sees it: default, source and help, by name."""
+    """What the cell tagged `parameters` assigns, by name: its default, that in Python's words (source), and help."""
     from papermill import inspect_notebook
 
     try:
-        found = inspect_notebook(braced(notebook)).items()
+        found = inspect_notebook(notebook)
     except Exception as error:  # whatever a damaged file leads to
         raise ValueError(f"{shown(notebook)}: its parameters cannot be read ({error!r}).") from error
-    return {name: {"default": literal(p["default"]), "source": p["default"], "help": p["help"]} for name, p in found}
+    return {name: one | {"source": one["default"], "default": literal(one["default"])} for name, one in found.items()}
 
 
 def typed(value: Any, default: Any, name: str = "") -> Any:
-    """`value` (text of the command line, or what YAML made of it) as its default's type; ValueError if it is none.
-
-    >>> typed("1e-3", 1.0), typed("True", False), typed("crop, blur", ["crop"]), typed("7", ""), typed("[1, 2.5]", [])
-    (0.001, True, ['crop', 'blur'], '7', [1, 2.5])
-    """
+    """`value` (text of the command line, or what YAML made of it) as its default's type; ValueError if it is none."""
     if isinstance(value, str) and isinstance(default, list) and value[:1] != "[":
         value = [literal(one.strip()) for one in value.split(",") if one.strip()]
     elif isinstance(value, str) and not isinstance(default, str):
@@ -118,11 +103,10 @@ def typed(value: Any, default: Any, name: str = "") -> Any:
 
 def read_params(path: Path, known: dict[str, dict]) -> dict[str, Any]:
     """A params file, its names checked: SECTIONS, and a mapping for each notebook that has values of its own."""
-    if not path.is_file() or path.stat().st_size > 100_000:
-        raise ValueError(f"{path}: there is no such file, or it has over 100 kB.")
     try:
-        text = path.read_text("utf-8")
-        depth = 0
+        if not path.is_file() or path.stat().st_size > 100_000:
+            raise ValueError("there is no such file, or it has over 100 kB.")
+        text, depth = path.read_text("utf-8"), 0
         for event in yaml.parse(text, yaml.CSafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > 9:
@@ -131,15 +115,13 @@ def read_params(path: Path, known: dict[str, dict]) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"should hold sections, not {found!r:.60}.")
         content = SECTIONS | {"run_name": path.stem} | {key: value for key, value in found.items() if value is not None}
-        check_known("no section or notebook", content, SECTIONS | known)
+        check_known("no section or notebook", content, [*SECTIONS, *known])
+        names = known | {"all": [name for one in known.values() for name in one], "skip": known}
         for key, value in content.items():
             kind = type(SECTIONS.get(key, {}))
             if not isinstance(value, kind):
                 raise ValueError(f"{key} should be a {kind.__name__}, not {value!r:.60}.")
-            if key == "all" or key in known:
-                names = {n: p for stem in known if key in ("all", stem) for n, p in known[stem].items()}
-                check_known(f"{key}: no parameter", value, names)
-        check_known("skip: no notebook", content["skip"], known)
+            check_known(f"{key}: no {'notebook' if key == 'skip' else 'parameter'}", value, names.get(key, value))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     return content
@@ -165,9 +147,8 @@ def provenance() -> dict[str, Any]:
 
 
 def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
-    """Run the notebook, saved in `output` after each cell; ValueError with the cell that stopped it and its error."""
-    from papermill import PapermillExecutionError, execute_notebook
-    from papermill.exceptions import strip_color
+    """Run the notebook, saved in `output` after each cell; ValueError with what stopped it."""
+    from papermill import execute_notebook
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ["JUPYTER_PATH"] = f"{sys.prefix}/share/jupyter"  # "python3" is this interpreter, whatever is registered
@@ -175,24 +156,22 @@ def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated run stops its kernel, too
     how = {"kernel_name": "python3", "language": "python", "extra_arguments": ["--log-level=50"], "cwd": ROOT}
     try:
-        execute_notebook(braced(notebook), braced(output), parameters, **how)
-    except PapermillExecutionError as error:
-        trace = "\n  ".join(strip_color("\n".join(error.traceback)).splitlines()[-10:])
-        raise ValueError(f"failed in cell [{error.exec_count}]: {error.ename}: {error.evalue}\n  {trace}") from error
-    except (Exception, KeyboardInterrupt) as error:  # Ctrl-C, or a kernel that died or did not start
-        raise ValueError(f"stopped: {type(error).__name__} {error}") from error
+        execute_notebook(notebook, output, parameters, **how)
+    except (Exception, KeyboardInterrupt) as error:  # an error in a cell, Ctrl-C, a kernel that died or did not start
+        problem = f"{notebook.stem} stopped: {type(error).__name__} {error}"
+        raise ValueError(f"{problem}\nAs far as it got: {shown(output)}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What made each file of a results folder; names that lead out of it are left out. ValueError if damaged."""
+    """What made each file of a results folder, less names that lead out of it. ValueError if damaged."""
     from bsap_utils.datasets import read_json
 
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
         raise ValueError(f"{shown(folder)}/manifest.json should hold a mapping for each file: mend or move it.")
-    return {n: entry for n, entry in manifest.items() if (folder / n).parent.resolve() == folder.resolve()}
+    return {name: entry for name, entry in manifest.items() if Path(name).name == name}
 
 
 def publish(staging: Path, folder: Path, entry: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -203,53 +182,45 @@ def publish(staging: Path, folder: Path, entry: dict[str, Any]) -> tuple[list[st
     from bsap_utils.datasets import write_file
 
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: E731
-    manifest, files = read_manifest(folder), {p.name: p for p in sorted(staging.iterdir()) if p.is_file()}
+    manifest, files = read_manifest(folder), {path.name: path for path in sorted(staging.iterdir()) if path.is_file()}
     alien = [n for n in files if (folder / n).is_symlink() or (folder / n).exists() and n not in manifest]
     moved = [name for name in files if name not in alien]
-    stale = [name for name in manifest if name not in files and manifest[name].get("notebook") == entry["notebook"]]
-    made = {n: manifest[n] for n in manifest if n not in alien} | {
-        name: entry | {"sha256": digest(files[name])} for name in moved
-    }
-
-    def enter(names: Any) -> None:
-        text = json.dumps({name: made[name] for name in sorted(names)}, indent=1, ensure_ascii=False, default=str)
+    stale = [n for n, old in manifest.items() if n not in files and old.get("notebook") == entry["notebook"]]
+    for path in (folder / name for name in stale):
+        if path.is_file() and not path.is_symlink() and digest(path) == manifest[path.name].get("sha256"):
+            path.unlink()
+    made = {name: old for name, old in manifest.items() if name not in [*alien, *stale]}
+    made |= {name: entry | {"sha256": digest(files[name])} for name in moved}
+    if made or manifest:  # before the files, so that what a killed run has moved is known to be ours
+        text = json.dumps(dict(sorted(made.items())), indent=1, ensure_ascii=False, default=str)
         text = re.sub(r'(?<=[":=])/(?:[^/"]+/)*(?=\w)', "…/", text.replace(f"{ROOT}/", ""))  # no machine's folders
         write_file(folder / "manifest.json", f"{text}\n".encode())
-
-    if moved or stale:
-        enter(made)  # before the files, so that what a killed run has moved is known to be ours
     for name in moved:
-        write_file(folder / name, partial(shutil.copyfile, files[name]))
+        write_file(folder / name, files[name].read_bytes())
         files[name].unlink()
-    for path in (folder / name for name in stale):
-        if path.is_file() and not path.is_symlink() and digest(path) == made[path.name].get("sha256"):
-            path.unlink()
-    if stale:
-        enter(made.keys() - set(stale))
     with suppress(OSError):  # what could not be moved is left there
         staging.rmdir()
     return moved, alien
 
 
-def beside_published(row: dict[str, str], folder: Path) -> list[str]:
+def beside_published(row: dict[str, str], folder: Path, tables: list[str]) -> list[str]:
     """What was measured, beside the published row that a params file names by its columns: a line for each split."""
     import pandas as pd
 
-    lines, keys = [], ["dataset", "split", "proposals"]
-    for kind, value in ("rec", "accuracy"), ("ris", row.get("metric", "")):
-        if not row or not (folder / f"table_{kind}.csv").is_file():
-            continue
-        ours, theirs = pd.read_csv(folder / f"table_{kind}.csv"), pd.read_csv(ROOT / f"data/published_{kind}.csv")
-        wanted = {key: mark for key, mark in row.items() if key in theirs}
-        theirs = theirs[(theirs[[*wanted]] == pd.Series(wanted)).all(axis=1)].rename(columns={"accuracy": "value"})
-        ends = ("ci_low", "ci_high") if kind == "rec" else (f"{value}_low", f"{value}_high")
-        ours = ours[ours["method"] == row.get("ours", "clip")].rename(columns={value: "measured"})
-        both = ours.merge(theirs[["value", *(key for key in keys if key in theirs)]])
-        for one in both.to_dict("records"):
-            low, high, gap = one[ends[0]], one[ends[1]], one["measured"] - one["value"]
-            where = f"{one['dataset']} {one['split']}: measured {one['measured']:.1f} [{low:.1f}, {high:.1f}]"
-            same = "same" if low <= one["value"] <= high else f"difference {gap:+.1f}"
-            lines.append(f"{where}, published {one['value']:.2f}: {same}")
+    value = row.get("metric", "accuracy")
+    kind, ends = ("ris", value) if "metric" in row else ("rec", "ci")
+    if f"table_{kind}.csv" not in tables:
+        return []
+    ours, theirs = pd.read_csv(folder / f"table_{kind}.csv"), pd.read_csv(ROOT / f"data/published_{kind}.csv")
+    wanted = pd.Series({key: mark for key, mark in row.items() if key in theirs})
+    theirs = theirs[(theirs[wanted.index] == wanted).all(axis=1)].rename(columns={"accuracy": "value"})
+    keys = ["value", *theirs.columns.intersection(["dataset", "split", "proposals"])]
+    lines = []
+    for one in ours[ours["method"] == row.get("ours", "clip")].merge(theirs[keys]).to_dict("records"):
+        low, high, gap = one[f"{ends}_low"], one[f"{ends}_high"], one[value] - one["value"]
+        same = "same" if low <= one["value"] <= high else f"difference {gap:+.1f}"
+        measured = f"measured {one[value]:.1f} [{low:.1f}, {high:.1f}]"
+        lines.append(f"{one['dataset']} {one['split']}: {measured}, published {one['value']:.2f}: {same}")
     return lines
 
 
@@ -263,8 +234,8 @@ def clean_html(element: str) -> str:
     return bleach.clean(re.sub(r"(?s)<style.*?</style>", "", element), tags=tags, attributes=attributes)
 
 
-def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: Path, made_by: dict[str, Any]) -> None:
-    """Execute a notebook in the run's `folder`; then move its results to `target` and say so."""
+def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: Path, made_by: dict) -> list[str]:
+    """Execute a notebook in the run's `folder`, move its results to `target`, say so, and return their names."""
     from nbconvert import HTMLExporter
 
     from bsap_utils.scoring import pick_device
@@ -284,17 +255,18 @@ def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: 
     if alien:
         click.echo(f"  left as they are, since no run made them: {', '.join(alien)}; the new ones: {shown(staging)}/")
     click.echo(f"  executed notebook: {shown(output)} (and .html)")
+    return moved
 
 
 def choose(notebook: str, every: bool) -> dict[str, Path]:
     """The notebooks to run, by stem: every numbered one, or that of a path, stem or beginning of a stem."""
-    library = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-    stem = notebook.removesuffix(".ipynb")
-    found = {s: path for s, path in library.items() if (s[0].isdigit() if every else s.startswith(stem))}
     if Path(notebook).is_file():
-        found = {Path(notebook).stem: Path(notebook).resolve()}
+        return {Path(notebook).stem: Path(notebook).resolve()}
+    library = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    start = notebook.removesuffix(".ipynb")
+    found = {stem: path for stem, path in library.items() if (stem[0].isdigit() if every else stem.startswith(start))}
     if bool(notebook) == every or not every and len(found) != 1:
-        raise ValueError(f"{notebook or 'bsap run'}: give one notebook, or --all. There are:{listing(library)}")
+        raise ValueError("\n  ".join([f"{notebook or 'bsap run'}: give one notebook, or --all. There are:", *library]))
     return found
 
 
@@ -308,65 +280,52 @@ def choose(notebook: str, every: bool) -> dict[str, Path]:
 def run(notebook: str, pairs: list[tuple[str, str]], params: Path | None, name: str, every: bool, listed: bool) -> None:
     """Run a notebook (03_rec, 03 or a path), or all: results to figures/<run name>/, as executed to runs/<time>/."""
     chosen = choose(notebook, every)
-    others = (ROOT / "notebooks").glob("*.ipynb") if params else []
-    known = {path.stem: declared(path) for path in [*sorted(others), *chosen.values()]}
+    library = sorted((ROOT / "notebooks").glob("*.ipynb")) if params else []
+    known = {path.stem: declared(path) for path in [*library, *chosen.values()]}
     content = read_params(params, known) if params else SECTIONS | {"run_name": "" if pairs else "sample"}
-    chosen = {s: path for s, path in chosen.items() if known[s] and s not in content["skip"] or not every}
+    chosen = {stem: path for stem, path in chosen.items() if known[stem] and stem not in content["skip"] or not every}
     if listed:
-        return click.echo("\n".join(stem + listing(known[stem]) for stem in chosen))
-    given, targets, values = dict(pairs), {}, {}
-    check_known("-p: no parameter", given, {n: p for stem in chosen for n, p in known[stem].items()})
+        lines = (f"  {n:<16} {p['source']:<28} {p['help']}".rstrip() for stem in chosen for n, p in known[stem].items())
+        return click.echo("\n".join(lines))
+    given = dict(pairs)
+    check_known("-p: no parameter", given, {name: "" for stem in chosen for name in known[stem]})
     words = [v if v[:1].isalpha() and v not in ("True", "False", "None") else f"{n.lower()}-{v}" for n, v in pairs]
     results = slug([name] if name else [one for one in (content["run_name"], *words) if one])
-    defaults = {stem: {name: p["default"] for name, p in known[stem].items()} for stem in chosen}
-    for stem in chosen:
+    jobs = []
+    for stem, path in chosen.items():
         wanted = content["all"] | content.get(stem, {}) | given
-        values[stem] = {n: typed(wanted[n], d, f"{stem}: {n}") for n, d in defaults[stem].items() if n in wanted}
-        targets[stem] = usable_folder(ROOT / (values[stem].get("OUT_DIR") or f"figures/{results}"), True, ROOT)
-        read_manifest(targets[stem])
+        defaults = {n: one["default"] for n, one in known[stem].items()}
+        values = {n: typed(wanted[n], default, f"{stem}: {n}") for n, default in defaults.items() if n in wanted}
+        target = usable_folder(ROOT / (values.get("OUT_DIR") or f"figures/{results}"), True, ROOT)
+        read_manifest(target)  # a damaged one is told before the work
+        jobs.append((path, defaults, values, target))
     usable_folder(Path("runs"), root=ROOT)
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d-%H%M%S-"), dir=ROOT / "runs"))
-    made_by = provenance()
-    for stem, target in targets.items():
-        try:
-            run_one(chosen[stem], defaults[stem], values[stem], folder, target, made_by)
-        except ValueError as error:
-            rest = ", ".join([*targets][[*targets].index(stem) + 1 :]) or "-"
-            far = f"As far as it got: {shown(folder / stem)}.ipynb; not run: {rest}"
-            raise ValueError(f"{stem} {error}\n{far}") from error
-        finally:
-            with suppress(OSError):  # empty: nothing was published
-                target.rmdir()
-    for target in dict.fromkeys(targets.values()):
-        click.echo("\n".join(beside_published(content["published"], target)), nl=bool(content["published"]))
+    made_by, others = provenance(), ", ".join(sorted(given.keys() - FREE))
+    for path, defaults, values, target in jobs:
+        tables = run_one(path, defaults, values, folder, target, made_by)
+        if content["published"] and others:
+            click.echo(f"not compared with the published row, which is not of this {others}")
+        elif content["published"]:
+            click.echo(
+                "".join(f"{line}\n" for line in beside_published(content["published"], target, tables)), nl=False
+            )
 
 
 @app.command()
 def doctor() -> None:
-    """Say what is here, what is missing, and the next command to type; exit code 0 if the sample can be run."""
+    """Say what is here and what is missing; exit code 0 if the sample can be run."""
     from bsap_utils import download, scoring
 
-    (files, size), free, wrong = scoring.cache_usage(), shutil.disk_usage(ROOT).free, []
-    click.echo(f"bsap {__version__} in {ROOT}, Python {platform.python_version()} on {platform.system()}")
-    click.echo(", ".join(f"{name} {INSTALLED.get(name, 'not installed')}" for name in PACKAGES[:-1]))
-    click.echo(f"device {scoring.pick_device()}, {os.cpu_count()} cores, {free / 1e9:,.0f} GB of disk free")
-    click.echo(f"kept features: {files:,} files, {size / 1e6:,.0f} MB")
-    try:
-        scoring.find_weights(f"local-dir:{ROOT}/data/clip-refshapes")
-        wrong = download.check(ROOT / "data/refshapes")[1]
-    except (ValueError, scoring.ModelError) as error:
-        wrong = [str(error)]
-    click.echo("\n".join(f"  - sample: {one}" for one in wrong) or "  + sample: complete")
-    try:
-        click.echo(f"  + ViT-B-32: {scoring.find_weights('ViT-B-32')}")
-    except scoring.ModelError as error:
-        click.echo(f"  - {error}")
-    there = [name for name in (*download.SPLITS, "clip-scores") if (ROOT / "data" / name).is_dir()]
-    click.echo(
-        f"  {'+' if there else '-'} real data: {', '.join(there) or 'none yet (bsap data get refcoco --split val)'}"
-    )
-    if problem := scoring.hub_problem():
-        click.echo(f"  - network: {problem}")
+    (files, size), free = scoring.cache_usage(), shutil.disk_usage(ROOT).free
+    click.echo(", ".join(f"{name} {INSTALLED.get(name, 'not installed')}" for name in PACKAGES))
+    click.echo(f"Python {platform.python_version()} on {platform.system()}, device {scoring.pick_device()}, {ROOT}")
+    click.echo(f"{free / 1e9:,.0f} GB of disk free, kept features: {files:,} files, {size / 1e6:,.0f} MB")
+    wrong, sample = download.check(ROOT / "data/refshapes")[1], f"local-dir:{ROOT}/data/clip-refshapes"
+    weights = (download.problem(scoring.find_weights, name) for name in (sample, "ViT-B-32"))
+    real = any((ROOT / "data" / name).is_dir() for name in download.SPLITS)
+    notes = [*wrong, *weights, scoring.hub_problem(), "" if real else "no real data: bsap data get refcoco --split val"]
+    click.echo("\n".join(f"  - {note}" for note in notes if note) or "All there.")
     click.echo("Next: git checkout -- data   # the sample is part of the clone" if wrong else "Next: make figures")
     sys.exit(bool(wrong))
 
