@@ -28,11 +28,11 @@ def forms() -> list[tuple[str, Callable[[Any], bool], str]]:
     return [
         ("TEMPLATE OTHER_TEMPLATES", lambda v: bool(re.fullmatch(r"[^{}]*\{\}[^{}]*", str(v))),
          'a text with "{}" once, the place of the expression'),
-        ("LIMIT AUX_SIZE TEXTS SEED TOP_K MIN_AREA STEPS PAIRS THREADS", lambda v: whole(v, 0), "a whole number, 0 or more"),
+        ("LIMIT AUX_SIZE TEXTS SEED STEPS PAIRS THREADS", lambda v: whole(v, 0), "a whole number, 0 or more"),
         ("SCENE NEIGHBOURS DRAWS SIZES HALVINGS BATCH_SIZE", lambda v: whole(v, 1), "a whole number over 0"),
         ("TEMPERATURE TEMPERATURES", lambda v: between(v, 1e-6, 1e6) or v == float("inf"),
          "a number from 0.000001 to 1000000, or inf (the mean)"),
-        ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT MASK_NMS", lambda v: between(v, 0, 1), "a number from 0 to 1"),
+        ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT", lambda v: between(v, 0, 1), "a number from 0 to 1"),
         ("METHOD METHODS", methods.__contains__, f"one of {', '.join(methods)}"),
         ("VISUAL_PROMPTS OTHER_PROMPTS", prompts.__contains__, f"one of {', '.join(prompts)}"),
         ("AUX_BANK BANKS", lambda v: v in banks or is_file(v), f"one of {', '.join(banks)}, or a text file"),

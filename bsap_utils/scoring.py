@@ -48,7 +48,7 @@ from .regions import Pairs, decode_masks
 from .visual_prompts import MASK_PROMPTS, VISUAL_PROMPTS, check_prompts, patch_masks, show_regions, squash
 
 TEMPLATE = "a photo of {}"  # ReCLIP's text: "a photo of " + the expression in lower case
-SAMPLE_MODEL = "local-dir:data/clip-refshapes"
+SAMPLE_MODEL = "local-dir:data/clip-refshapes-web"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NETWORK = re.compile(r"HF_ENDPOINT|(HTTPS?|ALL)_PROXY|SSL_CERT_(FILE|DIR)", re.IGNORECASE)
 SHARD = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.\d+\.part)?\.safetensors")  # with a part's name of `write_file`
