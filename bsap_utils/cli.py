@@ -321,7 +321,7 @@ def doctor() -> None:
     click.echo(", ".join(f"{name} {INSTALLED.get(name, 'not installed')}" for name in PACKAGES))
     click.echo(f"Python {platform.python_version()} on {platform.system()}, device {scoring.pick_device()}, {ROOT}")
     click.echo(f"{free / 1e9:,.0f} GB of disk free, kept features: {files:,} files, {size / 1e6:,.0f} MB")
-    wrong, sample = download.check(ROOT / "data/refshapes")[1], f"local-dir:{ROOT}/data/clip-refshapes"
+    wrong, sample = download.check(ROOT / "data/refshapes")[1], f"local-dir:{ROOT}/data/clip-refshapes-web"
     weights = (download.problem(scoring.find_weights, name) for name in (sample, "ViT-B-32"))
     real = any((ROOT / "data" / name).is_dir() for name in download.SPLITS)
     notes = [*wrong, *weights, scoring.hub_problem(), "" if real else "no real data: bsap data get refcoco --split val"]

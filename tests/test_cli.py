@@ -369,7 +369,7 @@ def test_slugs_are_safe_and_tell_apart_what_they_change():
 
 def test_doctor_says_whether_the_sample_can_be_run(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
-    for name in ("refshapes", "clip-refshapes"):
+    for name in ("refshapes", "clip-refshapes-web"):
         (tmp_path / "data" / name).symlink_to(bsap_utils.ROOT / "data" / name)
     monkeypatch.setattr(cli, "ROOT", tmp_path)
     output = bsap("doctor")
