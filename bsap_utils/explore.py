@@ -96,8 +96,8 @@ class Explorer:
             image.save(Path(folder) / "own.png")
             ds = ReferDataset("own", "", Path(folder), images, frame, frame, {})
             features = self.scorer.encode_regions(ds, frame, self.visual_prompts)
-        rows, known = torch.arange(len(frame)), self.ds.expressions[:0]
-        return SimpleNamespace(image=image, boxes=np.array(boxes), rows=rows, features=features, expressions=known)
+        rows, known, boxes = torch.arange(len(frame)), self.ds.expressions[:0], frame[XYWH].to_numpy()
+        return SimpleNamespace(image=image, boxes=boxes, rows=rows, features=features, expressions=known)
 
     def logits(self, texts: Any, setting: Setting, features: Any = None) -> torch.Tensor:
         """Return logits [C, T] of all candidates, or of other `features`."""

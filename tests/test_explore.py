@@ -161,6 +161,8 @@ def test_a_picture_of_ones_own_has_the_features_of_the_same_scene(explorer, page
     upload(page, png(scene.image))
     draw(page, *scene.boxes[:2].tolist())
     assert "drawn shapes" in page.message.value and 'alt="CLIP picks' in page.picture.value
+    draw(page, (20, 20, 100, 90), (150, 40, 110, 120))  # a browser's whole pixels
+    assert "boxes = [[20.0, 20.0, 100.0, 90.0], [150.0, 40.0, 110.0, 120.0]]" in page.code.value
     scene.image.save(tmp_path / "mine.png")
     exec(page.code.value.replace("mine.png", str(tmp_path / "mine.png")), {})
     printed = capsys.readouterr().out.split("\nbsap ")[1].split()[0]
