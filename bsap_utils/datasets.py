@@ -101,9 +101,10 @@ class ReferDataset:
             parts, names = [self.select(one, limit) for one in split], ("images", "annotations", "expressions")
             joint = {name: pd.concat([getattr(part, name) for part in parts]) for name in names}
             return dataclasses.replace(self, **{name: one[~one.index.duplicated()] for name, one in joint.items()})
-        if split not in (None, *self.splits) or (limit or 0) < 0:
-            known = ", ".join(self.splits) or "none"
-            raise DatasetError(f"{self.name}: no split {split!r}, only {known}; or limit is {limit}, below 0 (all).")
+        if (limit or 0) < 0:
+            raise DatasetError(f"limit is {limit}: pass how many images to take, or 0 for all.")
+        if split not in (None, *self.splits):
+            raise DatasetError(f"{self.name} has no split {split!r}, only {', '.join(self.splits) or 'none'}.")
         chosen = self.expressions if split is None else self.expressions[self.expressions["split"] == split]
         images = self.images[self.images.index.isin(chosen["image_id"])].iloc[: limit or None]
         within = [frame[frame["image_id"].isin(images.index)] for frame in (self.annotations, chosen)]
@@ -130,27 +131,29 @@ def load_refer(
 ) -> ReferDataset:
     """Read the data set in the folder `root/dataset`: the first of these that is there (data/README.md shows each).
 
-    `refs(<split_by>).p` ("umd" for refcocog, else "unc") with `instances.json`, `expressions.csv`, `<dataset>_<split>.json`.
-    Boxes that leave their image are clipped, those without area and expressions of white space left out, each counted; all
-    else that is wrong raises DatasetError.
+    `refs(<split_by>).p` ("umd" for refcocog, else "unc") with `instances.json`, `expressions.csv`, `<dataset>_<split>.json`;
+    an `instances.json` beside the latter two gives their boxes masks and neighbours. Boxes that leave their image are
+    clipped, those without area and expressions of white space left out, each counted; all else raises DatasetError.
     """
     folder, split_by = Path(root) / dataset, split_by or ("umd" if dataset == "refcocog" else "unc")
-    own, csv, lists = folder / "images", folder / "expressions.csv", sorted(folder.glob(f"{dataset}_*.json"))
+    own, csv, instances = folder / "images", folder / "expressions.csv", folder / "instances.json"
     image_root = Path(image_root) if image_root else own if own.is_dir() else Path(root) / COCO_FOLDER
-    refs = [file.name for file in sorted(folder.glob("refs(*).p"))]
+    refs, lists = sorted(folder.glob("refs(*).p")), sorted(folder.glob(f"{dataset}_*.json"))
     path = folder / f"refs({split_by}).p" if refs else csv if csv.is_file() or not lists else lists[0]
     if not path.is_file():
-        raise DatasetError(f"{path}: no such file, but {', '.join(refs) or 'nothing else'}. Run `bsap data get {dataset}`, pass "
-                           f"as root the folder above {dataset}, or another split_by (SPLIT_BY).")  # fmt: skip
+        found = ", ".join(file.name for file in refs) or "nothing else"
+        raise DatasetError(f"{path}: no such file, but {found}. Run `bsap data get {dataset}`, pass as root the folder above "
+                           f"{dataset}, or another split_by (SPLIT_BY).")  # fmt: skip
     with reading(folder, "a data set as data/README.md describes it"):
         if refs:
-            images, annotations, expressions = *_read_instances(folder / "instances.json"), _read_refs(path)
+            images, annotations, expressions = *_read_instances(instances), _read_refs(path)
         else:
             table = pd.concat([_read_rows(file, dataset) for file in (lists if path in lists else [csv])])
             images, annotations, expressions = _split_up(table.reset_index(drop=True))
-        images, annotations, counts = _clean(
-            images, annotations, folder / "instances.json" if refs else path, image_root
-        )
+            if instances.is_file():
+                images, annotations, expressions = _find_targets(annotations, expressions, path, instances)
+        source = instances if instances.is_file() else path
+        images, annotations, counts = _clean(images, annotations, source, image_root)
     image = annotations["image_id"].reindex(expressions["ann_id"], fill_value=-(2**63)).to_numpy()
     problem = "its target is no annotation with an area in its image"
     refuse(image != expressions["image_id"].to_numpy(), f"{path}: expression ", problem, expressions.index)
@@ -168,7 +171,7 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     annotations = read_table(content["annotations"], f"{path}: annotations", **kinds, segmentation=object)
     row = pd.Index(names["id"]).get_indexer(annotations["category_id"])
     refuse(row < 0, f"{path}: annotations", "'category_id' is not among the categories")
-    return images, annotations.assign(category=pd.Categorical.from_codes(row, names["name"]))
+    return images, annotations.assign(category=pd.Categorical(names["name"].to_numpy()[row], names["name"].unique()))
 
 
 def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_root: Path) -> tuple:
@@ -242,6 +245,19 @@ def _split_up(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     boxes = table.drop_duplicates("ann_id").reset_index(drop=True)
     boxes = boxes.assign(id=boxes["ann_id"], area=boxes["w"] * boxes["h"], iscrowd=0).astype({"category": "category"})
     return images, boxes, table.rename_axis("sent_id")[["ref_id", "ann_id", "image_id", "split", "text"]]
+
+
+def _find_targets(boxes: pd.DataFrame, texts: pd.DataFrame, path: Path, instances: Path) -> tuple:
+    """Return images, objects and a table's expressions, each of the object nearest to its box, within a tenth of a pixel."""
+    images, objects = _read_instances(instances)
+    named = boxes[["ann_id", "file_name", *XYWH]].merge(images.rename(columns={"id": "image_id"}), on="file_name")
+    pairs = named.merge(objects, on="image_id", suffixes=("_", ""))
+    pairs["gap"] = np.abs(pairs[XYWH].to_numpy() - pairs[[f"{side}_" for side in XYWH]].to_numpy()).max(1)
+    near = pairs[pairs["gap"] < 0.1001].sort_values("gap", kind="stable").drop_duplicates("ann_id").set_index("ann_id")
+    lacks = ~texts["ann_id"].isin(near.index)
+    refuse(lacks, f"{path}: expression ", f"{instances.name} has no such picture, or no such box in it", texts.index)
+    ids = near.loc[texts["ann_id"], ["id", "image_id"]].to_numpy()
+    return images, objects, texts.assign(ann_id=ids[:, 0], ref_id=ids[:, 0], image_id=ids[:, 1])
 
 
 def clean_mask(segmentation: Any) -> tuple[Any, int]:

@@ -150,6 +150,8 @@ def sweep(root: Path) -> None:
             os.kill(int(left.name.split("-")[1]), 0)  # only asks whether the process is there
         except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # it is, and another user's
+            pass
 
 
 def get_scores(folder: Path, base_url: str | None) -> list[str]:

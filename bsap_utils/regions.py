@@ -118,7 +118,7 @@ def pair_up(ds: ReferDataset, candidates: pd.DataFrame, masks: bool = False) -> 
         )
     expression, candidate = _same_image(truth, candidates)
     image = ds.images.index.get_indexer(truth["image_id"])[expression]
-    left, right = truth.iloc[expression], candidates.iloc[candidate]
+    left, right = truth.iloc[expression], candidates.reset_index(drop=True).iloc[candidate]
     ious = _mask_overlaps(ds, left, right) if masks else (box_iou(left[XYWH].to_numpy(), right[XYWH].to_numpy()),)
     return Pairs(*map(torch.tensor, (expression, candidate, image, *ious)))
 
@@ -138,11 +138,10 @@ def _mask_overlaps(ds: ReferDataset, *sides: pd.DataFrame) -> tuple[np.ndarray, 
         raise DatasetError(f"{unknown} targets have no mask (segmentation null or []): add them, or use REC, not RIS.")
     columns, areas = [], 0
     for side in sides:
-        once = side[~side.index.duplicated()]
-        with reading("A mask of the data set or of a candidate", "another one"):
-            rles = [
-                to_rle(mask, *size[::-1]) for mask, size in zip(once["segmentation"], _sizes(ds, once), strict=True)
-            ]
+        once, rles = side[~side.index.duplicated()], []
+        for image_id, mask, size in zip(once["image_id"], once["segmentation"], _sizes(ds, once), strict=True):
+            with reading(f"A mask of image {image_id}", "another one"):
+                rles.append(to_rle(mask, *size[::-1]))
         row = once.index.get_indexer(side.index)
         columns.append([rles[i] for i in row])
         areas = areas + mask_areas(rles)[row]

@@ -61,9 +61,12 @@ class ModelError(RuntimeError):
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU. torch says what is not here."""
+    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU. Raises ModelError."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.empty(0, device=best if device == "auto" else device).device
+    try:
+        return torch.empty(0, device=best if device == "auto" else device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device={device!r} is not here ({str(error):.80}…): use auto, or {best}.") from error
 
 
 def hub_problem() -> str:
@@ -99,15 +102,17 @@ def find_weights(model: str, pretrained: str = "openai", problem: str = "") -> P
 def _check_activation(model: str, file: Path) -> None:
     """Refuse OpenAI's weights for a model without QuickGELU, with which they were trained; warn where none can tell."""
     weight, twin = torch.tensor(0.1), f"{model}-quickgelu"
+    marked: Any = re.search(r"openai[^/]*(/snapshots/.*)?$", str(file), re.IGNORECASE)
     if twin not in open_clip.list_models():
         return
     with contextlib.suppress(Exception):  # what cannot be read is explained where it is loaded
-        weight = open_clip.factory.load_state_dict(str(file))["visual.conv1.weight"]
+        state = open_clip.factory.load_state_dict(str(file))
+        weight, marked = state["visual.conv1.weight"], marked or "input_resolution" in state
     text = (
         f"{file}: weights of OpenAI, MetaCLIP and DFN need {twin!r}; give others in a 'local-dir:' folder, to be sure."
     )
     # OpenAI's were made in half precision, and still are such numbers when somebody stored them in single precision
-    if weight.dtype != torch.bfloat16 and torch.equal(weight.half().to(weight.dtype), weight):
+    if marked or weight.dtype != torch.bfloat16 and torch.equal(weight.half().to(weight.dtype), weight):
         raise ModelError(text)
     warnings.warn(text, stacklevel=4)
 
@@ -117,11 +122,14 @@ def _load(model: str, pretrained: str, precision: str, device: torch.device) -> 
     record, schema = open_clip.get_pretrained_cfg(model, pretrained), model.rpartition(":")[0]
     if not (record or schema):
         _check_activation(model, find_weights(model, pretrained))
-    if problem := hub_problem() if schema != "local-dir" else "":
+    asks = bool(record) or schema == "hf-hub"  # the hub
+    with contextlib.suppress(Exception):  # what cannot be read is explained where it is loaded
+        asks = asks or "'hf_" in str(open_clip.get_model_config(model))
+    if problem := hub_problem() if asks else "":
         find_weights(model, pretrained, problem)
     options = {"precision": precision, "device": device, "force_quick_gelu": bool(record.get("quick_gelu"))}
     try:  # offline, the hub's client answers from its cache at once, and says at once that something is not there
-        with mock.patch.object(hub, "HF_HUB_OFFLINE", hub.HF_HUB_OFFLINE or bool(problem)):
+        with mock.patch.object(hub, "HF_HUB_OFFLINE", hub.HF_HUB_OFFLINE or bool(problem) or not asks):
             net = open_clip.create_model(model, pretrained, require_pretrained=True, **options)
             return net, open_clip.get_tokenizer(model), open_clip.get_model_config(model)
     except Exception as error:
@@ -238,9 +246,11 @@ class ClipScorer:
         self.device = pick_device(device)
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = precision if precision != "auto" else "bf16" if bf16 else "fp32"
+        if self.precision not in DTYPES:
+            raise ModelError(f"precision={precision!r} is unknown: use auto, {', '.join(DTYPES)}.")
         self.model_name, self.pretrained = model, "" if ":" in model else pretrained
         self.model, self.tokenizer, config = _load(model, self.pretrained, self.precision, self.device)
-        self.model.eval().visual.to(memory_format=torch.channels_last)
+        self.model.eval().requires_grad_(False).visual.to(memory_format=torch.channels_last)
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 1024)
         self.cache, self.width = cache, config["embed_dim"]
         self.preprocess: dict[str, Any] = self.model.visual.preprocess_cfg
@@ -249,7 +259,7 @@ class ClipScorer:
         self.interpolation = "bilinear" if self.preprocess["interpolation"] == "bilinear" else "bicubic"
         mean, std = (torch.tensor(self.preprocess[name], device=self.device).view(3, 1, 1) for name in ("mean", "std"))
         self._scale, self._shift = 1 / (255 * std), -mean / std  # of uint8: (pixel / 255 - mean) / std in one pass
-        self.logit_scale = float(self.model.logit_scale.detach().exp())
+        self.logit_scale = float(self.model.logit_scale.exp())
         self.logit_bias = float(getattr(self.model, "logit_bias", None) or 0.0)  # SigLIP's
         self._texts: dict[str, Tensor] = {}  # features of the texts encoded so far
 
@@ -283,7 +293,8 @@ class ClipScorer:
 
         images = iter(images)
         groups = iter(lambda: list(itertools.islice(images, 16 * self.batch_size)), [])
-        return torch.cat([normalize(self._encode_views(views), dim=-1).cpu() for views in ahead(load, groups)])
+        parts = [normalize(self._encode_views(views), dim=-1).cpu() for views in ahead(load, groups)]
+        return torch.cat([torch.empty(0, self.width), *parts])
 
     def encode_texts(self, texts: Iterable[str], template: str = "{}") -> Tensor:
         """Encode texts, in lower case, in a template with one {}, each distinct one once: [N, D]. Long ones are cut, and said."""

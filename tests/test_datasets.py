@@ -555,6 +555,18 @@ def test_a_wrong_csv_is_named(tmp_path, rows, head, message):
         load_refer(write_csv(tmp_path, rows, head), "mine")
 
 
+def test_a_csv_beside_instances_has_their_masks_and_neighbours(tmp_path):
+    root = write(write_csv(tmp_path, [["a.jpg", 1, 2.45, 10, 10, "a mug"]]), name="mine")
+    (root / "mine/refs(unc).p").unlink()
+    ds = load_refer(root, "mine")
+    assert ds.expressions["ann_id"].tolist() == [11] and ds.annotations.index.tolist() == [11, 12, 10, 14, 15]
+    assert ds.annotations.at[11, "segmentation"] == [SQUARE] and ds.categories == ["key", "mug", "star"]
+    for row in (["a.jpg", 1, 2.5, 10, 12, "a mug"], ["z.jpg", 1, 2.5, 10, 10, "a mug"]):
+        write_csv(tmp_path, [row])
+        with pytest.raises(DatasetError, match="no such box"):
+            load_refer(root, "mine")
+
+
 def as_lists(ds):
     """A data set as lists of an evaluation kit: {split: [record]}."""
     rows = ds.expressions.merge(ds.annotations[XYWH], left_on="ann_id", right_index=True)
