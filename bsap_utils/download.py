@@ -38,6 +38,7 @@ SPLITS = {"refcoco": ["train", "val", "testA", "testB"], "refcoco+": ["train", "
 SPLITS["refcocog"] = ["train", "val", "test"]
 LIMIT, MB = 2_000_000_000, 1 << 20  # bytes of a download, and of what an archive unpacks to
 PART = f".part-{os.getpid()}-"  # begins the name of this process's folders for what is not whole yet
+UNREACHABLE = (requests.ConnectionError, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL)
 WORKERS, PAUSES = 16, (0, 1, 2)  # pictures at a time; seconds before each try of an address
 
 
@@ -71,7 +72,8 @@ def fetch(file: str, target: Path, base_url: str | None, accept: Callable[[Path]
                 tried[url] = re.sub(rf"\S*{PART}\w+/", "", str(error).rpartition("Caused by ")[2])
                 # server errors, broken connections and damaged files may pass
                 status = getattr(getattr(error, "response", None), "status_code", 500)
-                if isinstance(error, requests.ConnectionError) or status < 500 and status not in (408, 429):
+                wrong = isinstance(error, UNREACHABLE) or type(error) is OSError  # no certificates where they should be
+                if wrong or status < 500 and status not in (408, 429):
                     urls.remove(url)
     why = "".join(f"\n  {url}: {reason}" for url, reason in tried.items())
     here = (f" Is {name}={value} right?" for name, value in os.environ.items() if value and NETWORK.fullmatch(name))

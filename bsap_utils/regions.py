@@ -196,9 +196,10 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict:
             raise ValueError("damaged counts, beyond which pycocotools would read on")
         rle = {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
         rle = coco.frPyObjects(rle, *size) if isinstance(counts, list) else rle
-        if coco.encode(coco.decode(rle)) != rle:
+        whole = coco.encode(coco.decode(rle))  # without runs of 0
+        if sum(counts) != height * width if isinstance(counts, list) else whole != rle:
             raise ValueError("runs that do not fill the picture")
-        return rle
+        return whole
     polygons = [np.reshape(polygon, (-1, 2)) for polygon in datasets.clean_mask(segmentation)[0]]
     points, length = np.concatenate(polygons), sum(np.abs(np.diff(polygon, axis=0)).sum() for polygon in polygons)
     fits = length <= MAX_OUTLINE and 1 < np.abs(points).max() <= 10 * (height + width)  # neither shares of 1 nor NaN

@@ -50,7 +50,7 @@ from .visual_prompts import MASK_PROMPTS, VISUAL_PROMPTS, check_prompts, patch_m
 TEMPLATE = "a photo of {}"  # ReCLIP's text: "a photo of " + the expression in lower case
 SAMPLE_MODEL = "local-dir:data/clip-refshapes-web"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NETWORK = re.compile(r"HF_ENDPOINT|(HTTPS?|ALL)_PROXY|SSL_CERT_(FILE|DIR)", re.IGNORECASE)
+NETWORK = re.compile(r"HF_ENDPOINT|(HTTPS?|ALL)_PROXY|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE", re.IGNORECASE)
 SHARD = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.\d+\.part)?\.safetensors")  # with a part's name of `write_file`
 MORE_THAN_WEIGHTS = """it holds code (a TorchScript archive, as OpenAI's own files) or objects (of NumPy, say), which are \
 not run; where you trust it: torch.save(open_clip.factory.load_state_dict(PATH, weights_only=False), 'NEW.pt')"""

@@ -310,6 +310,12 @@ def test_no_network_ends_within_seconds_with_all_addresses_and_what_to_do(tmp_pa
     assert not list(tmp_path.rglob("*.zip"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks://127.0.0.1:1"), ("REQUESTS_CA_BUNDLE", "/no.pem")])
+def test_a_network_that_is_set_up_wrongly_is_named(name, value, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert f"{name}={value}" in bsap("get", "refcoco+", "--root", tmp_path).out
+
+
 def test_a_network_lost_on_the_way_is_noticed(mirror, got, monkeypatch):
     monkeypatch.setattr(download, "WORKERS", 2)
     mirror.shutdown()

@@ -483,6 +483,7 @@ def test_masks_are_the_same_from_every_kind_of_segmentation(height, width, seed,
     decoded = decode_masks(kinds, height, width)
     assert decoded.dtype == bool and decoded.flags.c_contiguous and (decoded == mask).all()
     assert to_rle(plain, height, width) == rle
+    assert to_rle({**plain, "counts": [*plain["counts"], 0, 0]}, height, width) == rle
 
 
 def test_polygons_are_filled_and_joined():
