@@ -132,10 +132,10 @@ def _same_image(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np
 
 def _mask_overlaps(ds: ReferDataset, *sides: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return IoU [P], intersection and union in pixels [P] of the masks of targets and candidates, row by row, from RLE."""
-    if "segmentation" not in sides[1]:
-        raise DatasetError("The candidates are boxes, but RIS needs masks: use ground_truth or from_masks.")
     if unknown := sides[0].index[sides[0]["segmentation"].isna()].nunique():
         raise DatasetError(f"{unknown} targets have no mask (segmentation null or []): add them, or use REC, not RIS.")
+    if "segmentation" not in sides[1]:
+        raise DatasetError("The candidates are boxes, but RIS needs masks: use ground_truth or from_masks.")
     columns, areas = [], 0
     for side in sides:
         once, rles = side[~side.index.duplicated()], []
