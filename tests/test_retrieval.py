@@ -211,6 +211,7 @@ def test_what_does_not_fit_is_refused_and_named(vectors):
         (lambda: BalancedIndex.build(images[0], aux, 100.0), r"image_features \[64\]"),
         (lambda: BalancedIndex.build(broken, aux, 100.0), "image_features.*NaN"),
         (lambda: BalancedIndex.build(images, broken, 100.0), "aux_features.*NaN"),
+        (lambda: BalancedIndex.build(images, aux, float("nan")), "logit_scale.*NaN"),
         (lambda: BalancedIndex.build(images, aux, 100.0, method="softmax"), "'softmax'.*bsap"),
         (lambda: BalancedIndex.build(images, aux, 100.0, temperature=0.0), "temperature is 0"),
         (lambda: balanced.search(texts[:, :3], 5), r"text_features \[50, 3\].*64"),
