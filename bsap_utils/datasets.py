@@ -221,9 +221,8 @@ def _read_rows(path: Path, dataset: str) -> pd.DataFrame:
             table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
             table = table.rename(columns=str.strip)
             table["bbox"], table["split"] = table[XYWH].to_numpy().tolist(), table.get("split", "all")
-            table["segmentation"] = [
-                json.loads(mask or "null") for mask in table.get("segmentation", [""] * len(table))
-            ]
+            masks = table.get("segmentation", [""] * len(table))
+            table["segmentation"] = [json.loads(mask.strip() or "null") for mask in masks]
         else:
             table = pd.DataFrame(read_json(path)).rename(columns={"sents": "text"})
             names = table["img_id"].str.replace(r"^(COCO_\w+_\d{12})_\d+$", r"\1", regex=True)

@@ -29,9 +29,8 @@ def ground_truth(ds: ReferDataset) -> pd.DataFrame:
     crowd = ds.annotations["iscrowd"] != 0
     frame = ds.annotations[~crowd].reset_index(names="ann_id").drop(columns="category")
     targets = int(ds.expressions["ann_id"].isin(ds.annotations.index[crowd]).sum())
-    return _complete(
-        frame, ds, {"crowd regions left out": int(crowd.sum()), "expressions that mean a crowd region": targets}
-    )
+    counts = {"crowd regions left out": int(crowd.sum()), "expressions that mean a crowd region": targets}
+    return _complete(frame, ds, counts)
 
 
 def whole_images(ds: ReferDataset) -> pd.DataFrame:
@@ -113,9 +112,7 @@ def pair_up(ds: ReferDataset, candidates: pd.DataFrame, masks: bool = False) -> 
     """
     truth = ds.annotations.loc[ds.expressions["ann_id"]]
     if absent := {*truth["image_id"]} - {*candidates["image_id"]}:
-        raise DatasetError(
-            f"Image {min(absent)} has expressions but no candidate. Pass candidates of all images of ds."
-        )
+        raise DatasetError(f"Image {min(absent)} has expressions but no candidate. Pass candidates of all images.")
     expression, candidate = _same_image(truth, candidates)
     image = ds.images.index.get_indexer(truth["image_id"])[expression]
     left, right = truth.iloc[expression], candidates.reset_index(drop=True).iloc[candidate]
@@ -241,9 +238,8 @@ def _read_results(ds: ReferDataset, path: str | Path, bbox: Any) -> tuple[pd.Dat
             content = [{"image_id": key, "bbox": box} for key, boxes in content.items() for box in boxes]
         content = [{**entry, "image_id": ids.get(entry["image_id"], entry["image_id"])} for entry in content]
         kinds = {"score": object, "segmentation": object}
-        frame = datasets.read_table(content, f"{path}: entries", image_id=int, bbox=bbox, **kinds).astype(
-            {"score": float}
-        )
+        frame = datasets.read_table(content, f"{path}: entries", image_id=int, bbox=bbox, **kinds)
+        frame = frame.astype({"score": float})
     outside = ~frame["image_id"].isin(ds.images.index)
     if outside.all():  # a file for another data set
         datasets.refuse(outside, f"{path}: entry", f"'image_id' is none of {ds.name}'s, e.g. {ds.images.index[0]}")

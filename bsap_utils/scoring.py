@@ -108,9 +108,7 @@ def _check_activation(model: str, file: Path) -> None:
     with contextlib.suppress(Exception):  # what cannot be read is explained where it is loaded
         state = open_clip.factory.load_state_dict(str(file))
         weight, marked = state["visual.conv1.weight"], marked or "input_resolution" in state
-    text = (
-        f"{file}: weights of OpenAI, MetaCLIP and DFN need {twin!r}; give others in a 'local-dir:' folder, to be sure."
-    )
+    text = f"{file}: weights of OpenAI, MetaCLIP and DFN need {twin!r}; give others in a 'local-dir:' folder."
     # OpenAI's were made in half precision, and still are such numbers when somebody stored them in single precision
     if marked or weight.dtype != torch.bfloat16 and torch.equal(weight.half().to(weight.dtype), weight):
         raise ModelError(text)
@@ -315,10 +313,8 @@ class ClipScorer:
         length = self.tokenizer.context_length
         padding = self.tokenizer([""], context_length=length + 1)[0, -1]
         if truncated := int((self.tokenizer(texts, context_length=length + 1)[:, -1] != padding).sum()):
-            text = (
-                f"{truncated} of {len(texts)} texts are longer than the {length} tokens of {self.model_name}: cut off."
-            )
-            warnings.warn(text, stacklevel=3)
+            what = f"{truncated} of {len(texts)} texts are longer than the {length} tokens of {self.model_name}"
+            warnings.warn(f"{what}: cut off.", stacklevel=3)
         features = self._in_batches(lambda part: self.model.encode_text(part.to(self.device)), self.tokenizer(texts))
         return normalize(features, dim=-1).cpu()
 
