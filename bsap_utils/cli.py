@@ -396,7 +396,7 @@ def check(folder: Path) -> None:
     from bsap_utils import download
 
     rows, wrong = download.check(folder)
-    click.echo(rows.to_string(index=False))
+    click.echo(rows.to_string(index=False) if len(rows) else "No data set is here.")
     if wrong:
         raise ValueError("\n".join([f"{len(wrong):,} things are wrong:", *wrong[:20]]))
 

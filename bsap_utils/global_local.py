@@ -42,19 +42,25 @@ def has_patch_tokens(visual: Any) -> bool:
     return visual.pool_type == "tok" and visual.attn_pool is None and set(attentions) == {torch.nn.MultiheadAttention}
 
 
-def noun_phrases(texts: Sequence[str]) -> tuple[list[str], str]:
-    """Return the head noun phrase of each expression, "the man" of "the man left of a car", and what found them.
-
-    That is, as in the paper, the noun chunk of the sentence's root or of the root's first child, else the whole expression;
-    found by the best English model of spaCy that is here. Without one the expressions come back as they are.
-    """
+def english_parser() -> tuple[Any, str]:
+    """Return the best English model of spaCy that is here, and its name; None and the reason where there is none."""
     with contextlib.suppress(ImportError):
         import spacy
 
         for name in filter(spacy.util.is_package, [f"en_core_web_{size}" for size in ("lg", "trf", "md", "sm")]):
             parser = spacy.load(name)
-            return [_noun_phrase(parsed) for parsed in parser.pipe(texts)], f"spaCy {name} {parser.meta['version']}"
-    return list(texts), "none: spaCy is not installed, or no English model for it"
+            return parser, f"spaCy {name} {parser.meta['version']}"
+    return None, "none: spaCy is not installed, or no English model for it"
+
+
+def noun_phrases(texts: Sequence[str]) -> tuple[list[str], str]:
+    """Return the head noun phrase of each expression, "the man" of "the man left of a car", and what found them.
+
+    That is, as in the paper, the noun chunk of the sentence's root or of the root's first child, else the whole expression.
+    Without `english_parser` the expressions come back as they are.
+    """
+    parser, name = english_parser()
+    return [_noun_phrase(parsed) for parsed in parser.pipe(texts)] if parser else list(texts), name
 
 
 def _noun_phrase(parsed: Any) -> str:

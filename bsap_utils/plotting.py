@@ -308,6 +308,7 @@ def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a:
     bias = a.double().logsumexp(1)[pairs.candidate]
     picks = {"clip": pick(pairs, s), "bsap": pick(pairs, s - bias)}
     figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.98))  # what hangs below the ladders is not reckoned with
     above, below = figure.subplots(2, len(rows), height_ratios=(2, 1), squeeze=False)
     for scene, ladder, row in zip(above, below, map(int, rows), strict=True):
         chosen = {name: int(best[row]) for name, best in picks.items()}

@@ -1,21 +1,23 @@
 """Words of place, after any method's scores: ReCLIP's relations (Subramanian et al. 2022, §3.3 and appendix C).
 
-A grammar over a closed list of words splits an expression into a head phrase, superlatives (left, top, biggest, middle,
-second from right …) and a relation (left of, above, next to …) to another phrase. A phrase's softmax is a distribution p
+A grammar over a closed list of words, or spaCy's parse, splits an expression into a head phrase, superlatives (left, top,
+biggest, second from right …) and relations (left of, next to …) to other phrases. A phrase's softmax is a distribution p
 over an image's candidates. The head's times Σ_j r(i, j) p_other(j), with a relation's probability r over two boxes, and
-times the probability that k − 1 boxes of its kind come before i (left, biggest … are first; ReCLIP has Σ_j p(j) r(i, j)
-there, and no k-th and middle) multiplies the softmax of the whole expression. In front is below, behind above, as there.
+times the probability that k − 1 boxes of its kind come before i (ReCLIP has Σ_j p(j) r(i, j) there, and no k-th and
+middle) multiplies the softmax of the whole expression. In front is below, behind above, as there.
 """
 
 import re
 from collections import namedtuple
 from collections.abc import Iterator
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.special import log_softmax, softmax
+from torch import Tensor
 
 from .datasets import XYWH
 from .regions import Pairs
@@ -46,18 +48,22 @@ _EDGE = re.compile(rf"^(?:{_SMALL}\b ?)+|(?: ?\b{_SMALL})+$")
 Phrase = namedtuple("Phrase", "text superlatives relations")  # "" is any box; [(direction, rank)]; [(name, Phrase)]
 
 
-def parse(text: str) -> Phrase:
-    """Take an expression apart.
-
-    >>> parse("striped key below the left tree").relations
-    [('bottom', Phrase(text='tree', superlatives=[('left', 1)], relations=[]))]
-    """
+def parse(text: str, parser: Any = None) -> Phrase:
+    """Take an expression apart; with spaCy's `global_local.english_parser()`, along its parse."""
     text = _PICTURE.sub("", " ".join(re.findall(r"[\w']+", _GARMENT.sub(r"\1 shirt", text.lower()))))
     found = ((match, name) for name, pattern in _RELATIONS.items() for match in pattern.finditer(text))
     for match, name in sorted(found, key=lambda one: one[0].span()):
-        other = parse(text[match.end() :])
-        if other.text or other.superlatives:
-            return parse(text[: match.start()])._replace(relations=[(name, other)])
+        head, other = text[: match.start()], text[match.end() :]
+        if parser:  # what hangs on the relation's last word is the other phrase, all else is the head's
+            doc = parser(text)
+            below = {token.i for token in [token for token in doc if token.idx < match.end()][-1].subtree}
+            later = [token for token in doc if token.idx >= match.end()]
+            head = " ".join([head, *(token.text for token in later if token.i not in below)])
+            other = " ".join(token.text for token in later if token.i in below)
+        tree = parse(other, parser)
+        if tree.text or tree.superlatives:
+            whole = parse(head, parser)
+            return whole._replace(relations=[(name, tree), *whole.relations])
     superlatives = [(_DIRECTIONS[word], _RANKS[rank]) for rank, _, word in _RANKED.findall(text)]
     text = _RANKED.sub(r"\2", text)
     places = dict.fromkeys(_DIRECTIONS[word] for word in _PLACED.findall(text))
@@ -70,10 +76,7 @@ def _texts(tree: Phrase) -> list[str]:
 
 
 def phrase_pairs(trees: list[Phrase], pairs: Pairs) -> tuple[list[str], Pairs]:
-    """Return the phrases of parsed expressions with words of place, and their pairs with the candidates of their image.
-
-    Scored as any other: `scorer.pair_logits(image, scorer.encode_texts(phrases), table)`, then METHODS[name] of that.
-    """
+    """Return the phrases of expressions with words of place, and their pairs with candidates, to be scored as any other."""
     start = np.r_[0, pairs.expression.bincount().cumsum(0).numpy()]
     placed = ((rows, tree) for rows, tree in zip(pairwise(start), trees, strict=True) if any(tree[1:]))
     phrases = [(text, np.arange(*rows)) for rows, tree in placed for text in _texts(tree)]
@@ -82,12 +85,10 @@ def phrase_pairs(trees: list[Phrase], pairs: Pairs) -> tuple[list[str], Pairs]:
     return [text for text, _ in phrases], Pairs(number, pairs.candidate[rows], pairs.image[rows], pairs.iou[rows])
 
 
-def relate(
-    scores: torch.Tensor, phrase_scores: torch.Tensor, trees: list[Phrase], pairs: Pairs, candidates: pd.DataFrame
-) -> torch.Tensor:
+def relate(scores: Tensor, of_phrases: Tensor, trees: list[Phrase], pairs: Pairs, candidates: pd.DataFrame) -> Tensor:
     """Return scores [P] with words of place, from the same method's of `phrase_pairs`; without such words to the bit."""
     boxes, result = candidates[XYWH].to_numpy(float)[pairs.candidate], scores.double().numpy().copy()
-    start, rest = np.r_[0, pairs.expression.bincount().cumsum(0).numpy()], iter(phrase_scores.tolist())
+    start, rest = np.r_[0, pairs.expression.bincount().cumsum(0).numpy()], iter(of_phrases.tolist())
     for (low, high), tree in zip(pairwise(start), trees, strict=True):
         if any(tree[1:]):
             p = _distribution(tree, boxes[low:high], rest)

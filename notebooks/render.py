@@ -17,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import yaml
 from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
 from PIL import Image
 
@@ -96,11 +97,15 @@ def with_outputs(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNod
 
 
 def newest_run(path: Path, notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return the newest finished run of a notebook's code in `runs/`. Raises ValueError where there is none."""
+    """Return the newest finished run of a notebook's code on the sample in `runs/`. ValueError where there is none."""
+    sample = yaml.safe_load((ROOT / "notebooks/params/sample.yaml").read_text())["all"]
     for file in sorted(ROOT.glob(f"runs/*/{path.name}"), key=lambda file: file.stat().st_mtime, reverse=True):
         executed = nbformat.read(file, as_version=4)
         marks = executed.metadata.get("papermill", {})
-        if marks.get("end_time") and not marks.get("exception") and fingerprint(executed) == fingerprint(notebook):
+        given = marks.get("parameters", {}).items()
+        as_usual = all(name == "OUT_DIR" or sample.get(name) == value for name, value in given)
+        finished = marks.get("end_time") and not marks.get("exception")
+        if finished and as_usual and fingerprint(executed) == fingerprint(notebook):
             return executed
     raise ValueError(f"{path.name}: no finished run of this code is in runs/. `make render` makes one.")
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,3 +116,37 @@ def save_clip(tmp_path_factory):
         return folder
 
     return save
+
+
+@pytest.fixture
+def english_model(tmp_path, monkeypatch):
+    """A real spaCy model, trained here on a few sentences and installed as a package: they are all that it knows."""
+    spacy = pytest.importorskip("spacy")
+    from spacy.training import Example
+
+    def install(sentences):  # words, parts of speech, heads, dependencies
+        spacy.util.fix_random_seed(0)
+        nlp = spacy.blank("en")
+        nlp.add_pipe("morphologizer")
+        nlp.add_pipe("parser", config={"min_action_freq": 1})
+        examples = []
+        for words, pos, heads, deps in sentences:
+            annotation = {"words": words.split(), "pos": pos.split(), "heads": heads, "deps": deps.split()}
+            examples.append(Example.from_dict(nlp.make_doc(words), annotation))
+        optimizer = nlp.initialize(lambda: examples)
+        for _ in range(40):
+            nlp.update(examples, sgd=optimizer)
+        nlp.meta.update(lang="en", name="core_web_md", version="0.1.0")
+        package, record = tmp_path / "en_core_web_md", tmp_path / "en_core_web_md-0.1.0.dist-info"
+        package.mkdir()
+        nlp.to_disk(package / "en_core_web_md-0.1.0")
+        shutil.copy(package / "en_core_web_md-0.1.0" / "meta.json", package)
+        load = "from spacy.util import load_model_from_init_py\n"
+        load += "def load(**o): return load_model_from_init_py(__file__, **o)\n"
+        (package / "__init__.py").write_text(load)
+        record.mkdir()
+        (record / "METADATA").write_text("Metadata-Version: 2.1\nName: en_core_web_md\nVersion: 0.1.0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "en_core_web_md", raising=False)  # an earlier test's
+
+    return install

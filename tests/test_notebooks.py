@@ -3,7 +3,9 @@
 import ast
 import base64
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +55,12 @@ def test_it_opens_with_its_question_and_explains_its_parameters(path):
         lines = tagged[0].source.splitlines()[statement.lineno - 1 : statement.end_lineno]
         comment = "".join(lines).partition("  # ")[2]
         assert comment and "=" not in comment, f"{lines[0]}: a comment, without the sign that papermill stumbles over"
+
+
+def test_no_two_notebooks_write_the_same_file():
+    """All write to one folder, and the later one would take the earlier one's figure away."""
+    names = [name for path in RUN for name in {*re.findall(r'out_dir / f?"([^"]+)"', "\n".join(code(read(path))))}]
+    assert len(names) > 50 and len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -144,3 +152,19 @@ def test_rendering_keeps_no_widget_progress_bar_or_random_name():
 def test_data_is_escaped_on_the_results_page():
     table = pd.DataFrame({"split": ["<script>alert(1)</script>"], "n": [np.nan]})
     assert "<script>" not in render.markdown_table(table) and "| – |" in render.markdown_table(table)
+
+
+def test_outputs_are_those_of_the_sample_with_the_usual_parameters(tmp_path, monkeypatch):
+    """A later run of the same code on other data, or of a few pictures, is not put into the committed notebook."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    for number, given in enumerate([{"DATASET": "refshapes", "OUT_DIR": "x"}, {"LIMIT": 4}, {"DATASET": "refcoco"}]):
+        run = tmp_path / f"runs/{number}/03_rec.ipynb"
+        run.parent.mkdir(parents=True)
+        notebook.metadata["papermill"] = {"end_time": "now", "exception": None, "parameters": given}
+        nbformat.write(notebook, run)
+        os.utime(run, (number, number))
+    (tmp_path / "notebooks").mkdir()
+    shutil.copytree(ROOT / "notebooks/params", tmp_path / "notebooks/params")
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    chosen = render.newest_run(tmp_path / "03_rec.ipynb", notebook)
+    assert chosen.metadata["papermill"]["parameters"]["OUT_DIR"] == "x"

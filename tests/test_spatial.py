@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsap_utils.evaluation import accuracy_by, expression_kind
+from bsap_utils.global_local import english_parser
 from bsap_utils.normalization import METHODS
 from bsap_utils.regions import Pairs, ground_truth, pair_up
 from bsap_utils.spatial import Phrase, parse, phrase_pairs, relate
@@ -54,6 +55,28 @@ def show(tree):
 )
 def test_what_the_grammar_reads(text, expected):
     assert show(parse(text)) == expected
+
+
+PARSED = [  # words, parts of speech, heads, dependencies
+    ("man left of the dog in a red shirt", "NOUN ADJ ADP DET NOUN ADP DET ADJ NOUN", [0, 0, 1, 4, 2, 0, 8, 8, 5],
+     "ROOT amod prep det pobj prep det amod pobj"),
+    ("cup above the plate below the lamp", "NOUN ADP DET NOUN ADP DET NOUN", [0, 0, 3, 1, 0, 6, 4],
+     "ROOT prep det pobj prep det pobj"),
+    ("man in a red shirt", "NOUN ADP DET ADJ NOUN", [0, 0, 4, 4, 1], "ROOT prep det amod pobj"),
+    ("cup below the lamp", "NOUN ADP DET NOUN", [0, 0, 3, 1], "ROOT prep det pobj"),
+    ("the dog", "DET NOUN", [1, 1], "det ROOT"), ("the plate", "DET NOUN", [1, 1], "det ROOT"),
+    ("the lamp", "DET NOUN", [1, 1], "det ROOT"), ("cup", "NOUN", [0], "ROOT"),
+]  # fmt: skip
+
+
+def test_with_a_parser_what_follows_the_other_phrase_may_belong_to_the_head(english_model):
+    english_model(PARSED)
+    parser, _ = english_parser()
+    texts = [words for words, *_ in PARSED[:2]]
+    assert [show(parse(text)) for text in texts] == ["man left(dog in a red shirt)", "cup top(plate bottom(lamp))"]
+    assert [show(parse(text, parser)) for text in texts] == [
+        "man in a red shirt left(dog)", "cup top(plate) bottom(lamp)"
+    ]  # fmt: skip
 
 
 WORDS = ["left", "right", "of", "the", "second", "from", "on", "top", "big", "by", "man", "in", "next", "to"]
