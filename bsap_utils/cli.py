@@ -316,18 +316,24 @@ def run(notebook: str, pairs: list[tuple[str, str]], params: Path | None, name: 
 def doctor() -> None:
     """Say what is here and what is missing; exit code 0 if the sample can be run."""
     from bsap_utils import download, scoring
+    from bsap_utils.datasets import load_refer
 
     (files, size), free = scoring.cache_usage(), shutil.disk_usage(ROOT).free
     click.echo(", ".join(f"{name} {INSTALLED.get(name, 'not installed')}" for name in PACKAGES))
     click.echo(f"Python {platform.python_version()} on {platform.system()}, device {scoring.pick_device()}, {ROOT}")
     click.echo(f"{free / 1e9:,.0f} GB of disk free, kept features: {files:,} files, {size / 1e6:,.0f} MB")
-    wrong, sample = download.check(ROOT / "data/refshapes")[1], f"local-dir:{ROOT}/data/clip-refshapes-web"
-    weights = (download.problem(scoring.find_weights, name) for name in (sample, "ViT-B-32"))
+    wrong = [download.problem(scoring.find_weights, f"local-dir:{ROOT}/data/clip-refshapes-web")]
+    wrong += [download.problem(load_refer, ROOT / "data/refshapes", "refshapes")]
+    if not any(wrong):
+        wrong = [
+            f"not in the clone: {name}" for name in load_refer(ROOT / "data/refshapes", "refshapes").missing_images()
+        ]
     real = any((ROOT / "data" / name).is_dir() for name in download.SPLITS)
-    notes = [*wrong, *weights, scoring.hub_problem(), "" if real else "no real data: bsap data get refcoco --split val"]
+    notes = [*wrong[:9], download.problem(scoring.find_weights, "ViT-B-32"), scoring.hub_problem()]
+    notes += ["" if real else "no real data: bsap data get refcoco --split val"]
     click.echo("\n".join(f"  - {note}" for note in notes if note) or "All there.")
-    click.echo("Next: git checkout -- data   # the sample is part of the clone" if wrong else "Next: make figures")
-    sys.exit(bool(wrong))
+    click.echo("Next: git checkout -- data   # the sample is part of the clone" if any(wrong) else "Next: make figures")
+    sys.exit(any(wrong))
 
 
 @app.command()

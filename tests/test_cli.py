@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -381,7 +382,10 @@ def test_doctor_says_whether_the_sample_can_be_run(tmp_path, monkeypatch):
     assert "ViT-B-32" in output and "torch 2." in output and "ray" not in output.lower()
     (tmp_path / "data/refshapes").unlink()
     output = bsap("doctor", code=1)
-    assert "no split is complete" in output and "Next: git checkout -- data" in output
+    assert "no such file" in output and "Next: git checkout -- data" in output
+    shutil.copytree(bsap_utils.ROOT / "data/refshapes", tmp_path / "data/refshapes")
+    next((tmp_path / "data/refshapes/images").rglob("*.jpg")).unlink()
+    assert "not in the clone: COCO_train2014_" in bsap("doctor", code=1)
 
 
 def test_masks_are_written_once(tmp_path):
