@@ -33,7 +33,7 @@ from .scoring import TEMPLATE
 SHOWN = [name for name in METHODS if name not in ("tas", "db_norm")]  # those two need banks of their own
 SOURCES = ["a scene of the data set", "a picture of my own"]
 BOX = ["x", "y", "width", "height"]
-MARK = '<div style="margin: -10px 75px 0 105px; white-space: nowrap"><span style="margin-left: {:.1f}%">▲ w* = {:.2f}</span></div>'
+MARK = '<div style="margin: -10px 75px 0 105px"><nobr style="margin-left: {:.1f}%">▲ w* = {:.2f}</nobr></div>'
 TAG = {"boxstyle": "square,pad=0.12", "facecolor": "0.2", "edgecolor": "none"}
 UNSEEN = '<div role="status">This CLIP has only ever seen drawn shapes: of a photograph it knows nothing.</div>'
 LINES = """from bsap_utils import *; from bsap_utils.explore import Explorer, Setting
