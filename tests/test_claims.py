@@ -135,7 +135,7 @@ CLAIMS = [
      and rows("sample/table_ris_prompts", method="clip").set_index("visual_prompts")["miou"].idxmin() == "global_local"),
     ("05", "has a region share of 0.1 to 0.25 in every regime",
      lambda: regime("region_share", clip="clip-refshapes-web").between(0.1, 0.255).all()),
-    ("05", "BSAP mostly gains a point or two there",
+    ("05", "BSAP mostly gains about a point there",
      lambda: regime("gain_bsap", clip="clip-refshapes-web").median() > 0.9
      and regime("gain_bsap", clip="clip-refshapes-web").between(-1.3, 3.6).all()),
     ("05", "CSLS gains a little in all of them, BSAP with $w^*$ in all but one",
