@@ -60,7 +60,7 @@ def _pool(a: Tensor, temperature: float) -> Tensor:
     x = (a - top).div_(temperature)
     if temperature > 100:  # exp is nearly 1: only exp − 1 keeps the digits
         return top[:, 0] + temperature * x.expm1_().mean(1, dtype=torch.float64).log1p()
-    return top[:, 0] + temperature * x.exp_().mean(1, dtype=torch.float64).log()
+    return top[:, 0] + temperature * x.exp_().mean(1).double().log()
 
 
 def bsap(s: Tensor, a: Tensor, pairs: Pairs, temperature: float = 1.0) -> Tensor:
@@ -120,7 +120,7 @@ def _shift_and_scale(a: Tensor, name: str, options: dict[str, Any]) -> tuple[Ten
 
 @torch.no_grad()
 def shift_and_scale_from_features(
-    features: Tensor, aux_features: Tensor, logit_scale: float, name: str = "bsap", block: int = 2**17, **options: Any
+    features: Tensor, aux_features: Tensor, logit_scale: float, name: str = "bsap", block: int = 2**18, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Return `shift_and_scale` of unit features, [C, D] and [M, D] -> [C], [C], holding about `block` logits at a time.
 
