@@ -175,8 +175,7 @@ def test_temperatures_without_sense_are_refused(temperature):
         normalization.pool(torch.zeros(2, 3), temperature)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_terminals_that_cannot_print(tmp_path, encoding):
+def test_a_terminal_that_cannot_print(tmp_path):
     source = tmp_path / "фото"
     source.mkdir()
     (source / "плохо.jpg").write_bytes(b"x")
@@ -185,26 +184,24 @@ def test_terminals_that_cannot_print(tmp_path, encoding):
         "-m",
         "bsap_utils.cli",
         "embed",
-        str(source),
-        str(tmp_path / "out"),
+        source,
+        tmp_path / "out",
         "--local",
         "--bank",
         "generic",
     ]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(
         [*command, "--model", "local-dir:data/clip-refshapes"], cwd=ROOT, env=environment, capture_output=True
     )
     assert done.returncode == 0 and b"1 that cannot be read" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    "variable", ["ALL_PROXY=socks://127.0.0.1:1", "SSL_CERT_FILE=/nowhere.pem", "HF_ENDPOINT=http://[::1"]
-)
-def test_broken_network_settings_are_a_sentence_that_names_them(variable):
-    name, _, value = variable.partition("=")
+def test_broken_network_settings_are_a_sentence_that_names_them():
+    broken = {"ALL_PROXY": "socks://127.0.0.1:1", "SSL_CERT_FILE": "/nowhere.pem", "HF_ENDPOINT": "http://[::1"}
     command = [sys.executable, "-m", "bsap_utils.cli", "doctor"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, name: value}, capture_output=True, text=True, timeout=60
-    )
-    assert "Traceback" not in done.stderr and name in done.stdout + done.stderr
+    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    begun = {name: subprocess.Popen(command, env={**os.environ, name: broken[name]}, **how) for name in broken}
+    for name, process in begun.items():
+        output = process.communicate(timeout=90)[0]
+        assert "Traceback" not in output and name in output
