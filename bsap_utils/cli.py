@@ -389,7 +389,11 @@ def get(name: str, split: str, root: Path, base_url: str | None, images: Path | 
     """Fetch annotations, detections and only the pictures that the splits need, or `clip-scores`."""
     from bsap_utils import download
 
-    lacking = download.get(name, split.split(",") if split else [], usable_folder(root.absolute()), base_url, images)
+    splits, root = split.split(",") if split else [], usable_folder(root.absolute())
+    try:
+        lacking = download.get(name, splits, root, base_url, images)
+    except KeyboardInterrupt:
+        os._exit(130)  # without waiting for what is being fetched, which has no name yet
     if lacking:
         raise ValueError("\n".join(["not all could be got; what could is kept.", *lacking]))
     click.echo("All there.")

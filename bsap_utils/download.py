@@ -193,11 +193,14 @@ def get_pictures(ds: ReferDataset, base_url: str | None, images: Path | None) ->
     print(f"{ds.name}: {len(ds.images):,} pictures, {missing:,} to get, about {missing * 0.165:,.0f} MB", flush=True)
     if shutil.disk_usage(ds.image_root).free < missing * 165_000:
         raise DatasetError("The disk has not so much left. Free some, or choose another --root.")
-    with ThreadPoolExecutor(WORKERS) as pool:
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
         for number, why in enumerate(tqdm(pool.map(get_one, ids), "pictures", len(ids), leave=False), 1):
             lacking += [why] if why else []
             if len(lacking) == number >= WORKERS:  # nothing answers: thousands of time-outs would tell no more
                 return [why, f"{missing:,} pictures could not be got: name a COCO folder with --images."]
+    finally:  # Ctrl-C, too: what has not begun does not begin
+        pool.shutdown(wait=False, cancel_futures=True)
     return lacking
 
 
