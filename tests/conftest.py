@@ -18,6 +18,7 @@ from bsap_utils.regions import ground_truth, load_candidates, pair_up
 
 os.environ["BSAP_CACHE"] = ""  # every test encodes for itself; those of the cache give it a folder of their own
 SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT / "notebooks"))  # `run` and `render` stand beside the notebooks
 
 
 @pytest.fixture(scope="session", autouse=True)

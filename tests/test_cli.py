@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import run
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -76,7 +77,7 @@ def root(tmp_path_factory):
     git(root, "add", ".")
     git(root, "commit", "--quiet", "-m", "start")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "ROOT", root)
+        patch.setattr(run, "ROOT", root)
         patch.setenv("MPLBACKEND", "agg")  # what the command sets for its kernels is undone
         patch.setenv("JUPYTER_PATH", "")
         yield root
@@ -93,7 +94,8 @@ def bsap(*args, code: int = 0) -> str:
 def start(root: Path, *args) -> subprocess.Popen:
     """The command as a process of its own, Ctrl-C not ignored even where this test runs in the background."""
     script = "import pathlib, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    script += "from bsap_utils import cli; cli.ROOT = pathlib.Path(sys.argv.pop(1)); cli.app()"
+    script += "from bsap_utils import ROOT, cli; sys.path.insert(0, str(ROOT / 'notebooks')); import run\n"
+    script += "run.ROOT = pathlib.Path(sys.argv.pop(1)); cli.app()"
     command = [sys.executable, "-c", script, str(root), *args]
     return subprocess.Popen(command, cwd=bsap_utils.ROOT, stdout=-1, stderr=-1, text=True)
 
@@ -168,6 +170,8 @@ def test_all_stops_at_the_first_failure_and_leaves_good_figures(root, tmp_path):
     assert "02_bad stopped: PapermillExecutionError" in output and 'Exception encountered at "In [3]"' in output
     assert "----> 3 load('X')" in output and "ValueError: no model X" in output
     assert "03_rec runs" not in output
+    bsap("run", "02_bad", "--name", "never", code=1)
+    assert not (root / "figures/never").exists()
     assert "\x1b" not in output
     partial = next(line for line in output.splitlines() if line.startswith("As far")).split(": ")[1]
     assert "no model X" in (root / partial).read_text("utf-8")
@@ -245,9 +249,9 @@ def stage(folder: Path, **files: str) -> Path:
 
 def test_publish_merges_by_notebook(root, tmp_path):
     folder = tmp_path / "figures"
-    cli.publish(stage(tmp_path / "1", a="1", b="1"), folder, entry("one"))
-    cli.publish(stage(tmp_path / "2", c="2", d="2"), folder, entry("two"))
-    assert cli.publish(stage(tmp_path / "3", a="3", c="3"), folder, entry("one")) == (["a", "c"], [])
+    run.publish(stage(tmp_path / "1", a="1", b="1"), folder, entry("one"))
+    run.publish(stage(tmp_path / "2", c="2", d="2"), folder, entry("two"))
+    assert run.publish(stage(tmp_path / "3", a="3", c="3"), folder, entry("one")) == (["a", "c"], [])
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     assert {name: e["notebook"] for name, e in manifest.items()} == {"a": "one", "c": "one", "d": "two"}
     assert sorted(p.name for p in folder.iterdir()) == ["a", "c", "d", "manifest.json"]
@@ -256,7 +260,7 @@ def test_publish_merges_by_notebook(root, tmp_path):
 
 
 def test_publish_nothing_makes_nothing(root, tmp_path):
-    assert cli.publish(stage(tmp_path / "1"), tmp_path / "figures", entry("one")) == ([], [])
+    assert run.publish(stage(tmp_path / "1"), tmp_path / "figures", entry("one")) == ([], [])
     assert not (tmp_path / "figures").exists()
 
 
@@ -271,12 +275,12 @@ def test_damaged_manifest_is_told_before_the_run(root, text):
 
 def test_provenance_outside_git_and_with_changes(root, tmp_path, monkeypatch):
     (root / "notebooks/new.py").touch()
-    assert cli.provenance()["dirty"] is True
+    assert run.provenance()["dirty"] is True
     (root / "notebooks/new.py").unlink()
     (root / "inner").mkdir(exist_ok=True)
     for folder in (tmp_path, root / "inner"):  # a folder inside of another's repository has no commit of its own either
-        monkeypatch.setattr(cli, "ROOT", folder)
-        assert cli.provenance()["commit"] is None
+        monkeypatch.setattr(run, "ROOT", folder)
+        assert run.provenance()["commit"] is None
 
 
 def test_list_shows_every_parameter(root):
@@ -340,7 +344,7 @@ def test_mistakes_in_a_params_file(root, tmp_path, text, message):
     ],
 )  # fmt: skip
 def test_typed(value, default, expected):
-    result = cli.typed(value, default)
+    result = run.typed(value, default)
     assert result == expected and type(result) is type(expected)
 
 
@@ -351,7 +355,7 @@ def test_typed(value, default, expected):
 )
 def test_typed_refuses(value, default):
     with pytest.raises(ValueError):
-        cli.typed(value, default)
+        run.typed(value, default)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"cells": 3}'])
@@ -362,9 +366,9 @@ def test_damaged_notebook(root, tmp_path, text):
 
 
 def test_slugs_are_safe_and_tell_apart_what_they_change():
-    assert cli.slug(["refcoco", "val", "ViT-B-32", "openai"]) == "refcoco-val-ViT-B-32-openai"
+    assert run.slug(["refcoco", "val", "ViT-B-32", "openai"]) == "refcoco-val-ViT-B-32-openai"
     names = ["банк.txt", "слова.txt", "动物", "a b", "a-b", "../../etc", "etc", "..", "é/ü", "x" * 100, "x" * 101]
-    slugs = [cli.slug([name]) for name in names]
+    slugs = [run.slug([name]) for name in names]
     assert len(set(slugs)) == len(names) and all(len(s) <= 80 and "/" not in s and s.strip(".-") for s in slugs)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import run
 import torch
 from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
@@ -35,7 +36,7 @@ def clone(tmp_path, monkeypatch):
     nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     (root / "notebooks").mkdir(parents=True)
     nbformat.write(nb, root / "notebooks/01_x.ipynb")
-    monkeypatch.setattr(cli, "ROOT", root)
+    monkeypatch.setattr(run, "ROOT", root)
     monkeypatch.setenv("JUPYTER_PATH", "")
     monkeypatch.setenv("MPLBACKEND", "agg")
     return root
@@ -112,7 +113,7 @@ def test_only_regular_files_of_a_picture_format_are_opened(tmp_path):
         with pytest.raises(DatasetError):
             read_json(path)
         with pytest.raises(ValueError, match="no such file"):
-            cli.read_params(path, {})
+            run.read_params(path, {})
 
 
 def test_memory_from_small_files_is_bounded(tmp_path):
@@ -131,7 +132,7 @@ def test_memory_from_small_files_is_bounded(tmp_path):
         (tmp_path / "p.yaml").write_text(text)
         begin = time.monotonic()
         with pytest.raises(ValueError, match=r"p\.yaml: "):
-            cli.read_params(tmp_path / "p.yaml", {})
+            run.read_params(tmp_path / "p.yaml", {})
         assert time.monotonic() - begin < 3
     for mask in ({"size": [9, 9], "counts": [2**33, 2**33]}, {"size": [10**9, 10**9], "counts": [1]}):
         with pytest.raises((ValueError, OverflowError)):
