@@ -2,10 +2,15 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 READY := .venv/.ready
+TOOLS := .venv/.tools
 # no warnings on editable installs, nor on package sources that a machine's settings name and lack; errors stay
 PIP := PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check install --quiet
 QUIET := 2> >(grep -v "is ignored: it is neither a file nor a directory" >&2)
 SHELL := /bin/bash
+# the pinned versions are for Python >= 3.11; on 3.10 pip takes the newest that pyproject.toml allows
+install = if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	 then $(PIP) --constraint constraints.txt --editable '$(1)' $(QUIET); \
+	 else $(PIP) --editable '$(1)' $(QUIET); fi
 export MPLBACKEND ?= agg
 
 .PHONY: setup figures render test lab lint licences clean help
@@ -25,12 +30,14 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv with $$($(PYTHON) --version): about 5 GB (PyTorch), some minutes the first time ..."
 	@$(PYTHON) -m venv .venv || { echo "python -m venv failed (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	@$(PIP) --upgrade pip $(QUIET)
-	@# the pinned versions are for Python >= 3.11; on 3.10 pip takes the newest that pyproject.toml allows
-	@if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
-	 then $(PIP) --constraint constraints.txt --editable '.[test]' $(QUIET); \
-	 else $(PIP) --editable '.[test]' $(QUIET); fi
+	@$(call install,.)
 	@touch $@
 	@echo "Set-up done."
+
+$(TOOLS): $(READY)
+	@echo "Adding what the tests and checks need ..."
+	@$(call install,.[test])
+	@touch $@
 
 setup: $(READY)
 
@@ -44,7 +51,7 @@ figures: $(READY)
 render: figures
 	.venv/bin/python notebooks/render.py outputs
 
-test: $(READY)
+test: $(TOOLS)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto  # one process a core, one thread each
 
 # without MPLBACKEND, figures show in the page; by JUPYTER_PATH the kernel is this environment's, whatever else is installed
@@ -52,12 +59,12 @@ lab: $(READY)
 	env -u MPLBACKEND JUPYTER_PATH="$(CURDIR)/.venv/share/jupyter:$$JUPYTER_PATH" \
 	 "$(CURDIR)/.venv/bin/python" -m jupyterlab --notebook-dir=. notebooks/00_explore.ipynb
 
-lint: $(READY)
+lint: $(TOOLS)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-licences: $(READY)
+licences: $(TOOLS)
 	@.venv/bin/python -m piplicenses --order license --format markdown --with-system
 
 clean:

@@ -103,8 +103,10 @@ def test_make_sets_up_with_what_this_test_compares(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
+    pip = "--constraint constraints.txt --editable"
     for goal in ("setup", "figures", "test", "lab", "lint"):
-        assert "--constraint constraints.txt --editable '.[test]'" in make(goal, cwd=tmp_path), goal
+        assert f"{pip} '.'" in make(goal, cwd=tmp_path), goal
+        assert (f"{pip} '.[test]'" in make(goal, cwd=tmp_path)) == (goal in ("test", "lint")), goal
 
 
 PYTHONS = SpecifierSet(PROJECT["requires-python"])
