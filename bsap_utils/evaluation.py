@@ -4,19 +4,20 @@
 taken to. Intervals and tests resample images. Tables hold percentages with two decimals, NaN where nothing can be said.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
-from .datasets import ReferDataset
 from .regions import Pairs
-from .stats import cluster_bootstrap, holm, sign_flip_p
+from .stats import holm, resampled, sign_flip_p
 
-_RECALLS = ("recall_1", "recall_5", "recall_10", "delta_1", "delta_5", "delta_10")
+_REC = {"accuracy_low": "ci_low", "accuracy_high": "ci_high", "delta_accuracy": "delta_vs_clip",
+        "delta_accuracy_low": "delta_ci_low", "delta_accuracy_high": "delta_ci_high"}  # fmt: skip
 
 
 def pick(pairs: Pairs, scores: Tensor) -> Tensor:
@@ -25,18 +26,11 @@ def pick(pairs: Pairs, scores: Tensor) -> Tensor:
     Raises ValueError for scores that are NaN or not one a pair.
     """
     if scores.shape != pairs.expression.shape or scores.isnan().any():
-        missing = int(scores.isnan().sum())
-        raise ValueError(f"{len(pairs.expression)} pairs have {list(scores.shape)} scores, {missing} of them NaN: "
-                         "one number a pair is needed.")  # fmt: skip
+        raise ValueError(f"{list(scores.shape)} scores of {len(pairs)} pairs, or NaN: one number a pair is needed.")
     count, rows = int(pairs.expression.max()) + 1, torch.arange(len(scores), device=scores.device)
     top = scores.new_zeros(count).scatter_reduce(0, pairs.expression, scores, "amax", include_self=False)
     rows = rows.where(scores == top[pairs.expression], len(rows))
     return rows.new_zeros(count).scatter_reduce(0, pairs.expression, rows, "amin", include_self=False)
-
-
-def percent(fractions: np.ndarray) -> np.ndarray:
-    """Return fractions [K] as the tables print them: percent with two decimals, and no "-0.0"."""
-    return np.round(100 * np.asarray(fractions, np.float64), 2) + 0.0
 
 
 def _picks(pairs: Pairs, scores: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:
@@ -45,17 +39,24 @@ def _picks(pairs: Pairs, scores: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarr
     return rows, pairs.image[rows[0]].numpy()
 
 
-def _start(setting: Mapping[str, Any], methods: Sequence[str], count: int) -> dict[str, Any]:
-    """The first columns of a table; a list, as of visual prompts, is joined by +."""
+def _measures(parts: dict[str, np.ndarray], images: np.ndarray, seed: int, divisors: Mapping[str, np.ndarray] | None = None,
+              draws: int = 10_000) -> pd.DataFrame:  # fmt: skip
+    """A row a method: mean of each part [E, K], or Σ part / Σ divisor, differences to the first, and intervals, in percent."""
+    above = np.concatenate([*parts.values()], 1)
+    below = np.concatenate([(divisors or {}).get(name, np.ones_like(part)) for name, part in parts.items()], 1)
+    every = np.vstack([above.sum(0) / below.sum(0), resampled(above, images, below, draws, seed)])
+    every = every.reshape(len(every), len(parts), -1)
+    every = np.concatenate([every, every - every[:, :, :1]], 1)  # [1 + draws, measures, K]
+    three = np.stack([every[0], *np.quantile(every[1:], [0.025, 0.975], axis=0)], 1)
+    names = [f"{start}{name}{end}" for start in ("", "delta_") for name in parts for end in ("", "_low", "_high")]
+    percent = np.round(100 * three, 9).round(2) + 0.0  # 9: halves stay halves, whatever was subtracted; 0.0: no "-0.0"
+    return pd.DataFrame(percent.reshape(len(names), -1).T, columns=names)
+
+
+def _table(setting: Mapping[str, Any], methods: Iterable[str], count: int, numbers: pd.DataFrame) -> pd.DataFrame:
+    """Put the setting, method and n before the numbers; a list, as of visual prompts, is joined by +."""
     texts = {key: "+".join(value) if isinstance(value, (list, tuple)) else value for key, value in setting.items()}
-    return {**texts, "method": list(methods), "n": count}
-
-
-def _means(parts: dict[str, np.ndarray], images: np.ndarray, seed: int, draws: int = 10_000) -> dict[str, np.ndarray]:
-    """Mean, low and high in percent, [3, K], of each part [E, K], from the same resamples of images."""
-    values = np.concatenate([*parts.values()], 1)
-    three = percent(np.stack([values.mean(0), *cluster_bootstrap(values, images, draws=draws, seed=seed)]))
-    return dict(zip(parts, np.split(three, len(parts), axis=1), strict=True))
+    return pd.concat([pd.DataFrame({**texts, "method": [*methods], "n": count}), numbers], axis=1)
 
 
 def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5, seed: int = 0,
@@ -76,16 +77,12 @@ def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5
     rows, images = _picks(pairs, scores)
     every, parts = (pairs.iou[rows] > threshold).double().numpy().T, []
     for level, inside in ({"": slice(None)} if by is None else by.groupby(by.to_numpy(), sort=False).indices).items():
-        hits, clusters = every[inside], images[inside]
-        found = _means({"accuracy": hits, "delta": hits - hits[:, :1]}, clusters, seed)
-        p = sign_flip_p(hits - hits[:, :1], clusters, seed=seed)
-        parts.append(pd.DataFrame({
-            **_start({**setting, **({} if by is None else {by.name: level})}, list(scores), len(hits)),
-            "accuracy": found["accuracy"][0], "ci_low": found["accuracy"][1], "ci_high": found["accuracy"][2],
-            "delta_vs_clip": found["delta"][0], "p_value": p.round(4),
-            "delta_ci_low": found["delta"][1], "delta_ci_high": found["delta"][2],
-            "p_holm": np.r_[1.0, holm(p[1:])].round(4),
-        }))  # fmt: skip
+        hits, of_level = every[inside], setting if by is None else {**setting, by.name: level}
+        table = _measures({"accuracy": hits}, images[inside], seed).rename(columns=_REC)
+        p = sign_flip_p(hits - hits[:, :1], images[inside], seed=seed)
+        table.insert(4, "p_value", p.round(4))
+        table["p_holm"] = np.r_[1.0, holm(p[1:])].round(4)
+        parts.append(_table(of_level, scores, len(hits), table))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -99,19 +96,15 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     if pairs.intersection is None or pairs.union is None:
         raise ValueError("The pairs have no masks: make them with pair_up(ds, candidates, masks=True).")
     rows, images = _picks(pairs, {**scores, "oracle": pairs.iou})
-    above, below, iou = (values[rows].double().numpy().T for values in (pairs.intersection, pairs.union, pairs.iou))
-    below = np.maximum(below, 1e-9)  # nothing but empty masks: oIoU 0
-    value = above.sum(0) / below.sum(0)
-    found = {"oiou": percent(np.stack([value, *cluster_bootstrap(above, images, below, seed=seed)]))}
+    shared, union, iou = (values[rows].double().numpy().T for values in (pairs.intersection, pairs.union, pairs.iou))
     precisions = {f"p{t}": (iou >= t / 100).astype(np.float64) for t in range(50, 100, 10)}
-    found |= _means({"miou": iou, **precisions, "delta_miou": iou - iou[:, :1]}, images, seed)
-    delta_oiou = np.stack([value - value[0], *cluster_bootstrap(above, images, below, seed=seed, reference=0)])
-    deltas = {"delta_oiou": percent(delta_oiou), "delta_miou": found.pop("delta_miou")}
-    columns = _start(setting, [*scores, "oracle"], len(iou))
-    for name, (middle, low, high) in (found | deltas).items():
-        columns |= {name + "_vs_clip" * (name in deltas): middle, f"{name}_low": low, f"{name}_high": high}
+    unions = {"oiou": np.maximum(union, 1e-9)}  # nothing but empty masks: oIoU 0
+    table = _measures({"oiou": shared, "miou": iou, **precisions}, images, seed, unions)
+    table = table.loc[:, ~table.columns.str.startswith("delta_p")]
+    table = table.rename(columns={f"delta_{name}": f"delta_{name}_vs_clip" for name in ("oiou", "miou")})
     p = sign_flip_p(iou - iou[:, :1], images, seed=seed)  # the oracle is no method, and without p_holm
-    return pd.DataFrame({**columns, "p_value": p.round(4), "p_holm": np.r_[1.0, holm(p[1:-1]), np.nan].round(4)})
+    table = table.assign(p_value=p.round(4), p_holm=np.r_[1.0, holm(p[1:-1]), np.nan].round(4))
+    return _table(setting, [*scores, "oracle"], len(iou), table)
 
 
 def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
@@ -135,23 +128,16 @@ def recall_table(scores: Mapping[str, Tensor], relevant: Tensor, seed: int = 0, 
     """Return recall@k (percent) and median rank of each method, a row a method, from [N, T] scores and relevance.
 
     Columns: `setting`, method, n; for k = 1, 5, 10 recall_k and delta_k (points, to the first method), each with _low
-    and _high; median_rank, median_low, median_high. Intervals resample texts.
+    and _high, which resample texts; median_rank, median_low, median_high (95 %, by order statistics).
     """
-    found = {name: ranks(one, relevant).cpu().numpy() for name, one in scores.items()}
-    count, ks = relevant.shape[1], np.array([1, 5, 10])
-    reference, rows = next(iter(found.values()))[:, None] <= ks, []
-    for rank in found.values():
-        steps = np.unique(np.quantile(rank, np.linspace(0, 1, 201), method="lower"))
-        hit = rank[:, None] <= ks
-        parts = np.concatenate([hit, hit * 1.0 - reference, rank[:, None] <= steps], 1)
-        low, high = cluster_bootstrap(parts, np.arange(count), seed=seed)
-        row: dict[str, float] = {}
-        for name, *three in zip(_RECALLS, *percent(np.stack([parts.mean(0), low, high])), strict=False):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), three, strict=True))
-        shares = (high[-len(steps) :], low[-len(steps) :])
-        bounds = [steps[(share >= 0.5).argmax()] if np.isfinite(share).all() else np.nan for share in shares]
-        rows.append({**row, "median_rank": np.median(rank), "median_low": bounds[0], "median_high": bounds[1]})
-    return pd.concat([pd.DataFrame(_start(setting, list(found), count)), pd.DataFrame(rows)], axis=1)
+    rank = np.stack([ranks(one, relevant).cpu().numpy() for one in scores.values()], 1)  # [T, K]
+    hits = {f"recall_{k}": (rank <= k).astype(np.float64) for k in (1, 5, 10)}
+    table = _measures(hits, np.arange(len(rank)), seed)
+    table.columns = table.columns.str.replace("delta_recall", "delta")
+    ordered, at = np.sort(rank, 0), int(binom.ppf(0.025, len(rank), 0.5))  # as far from each end; 0: too few texts
+    table["median_rank"] = np.median(rank, 0)
+    table["median_low"], table["median_high"] = (ordered[at - 1], ordered[-at]) if at else (np.nan, np.nan)
+    return _table(setting, scores, len(rank), table)
 
 
 def accuracy_by(
@@ -166,13 +152,8 @@ def accuracy_by(
     hits, parts = (pairs.iou[rows] > 0.5).double().numpy().T, []
     for aspect, labels in pd.DataFrame(groups).reset_index(drop=True).items():
         for name, inside in labels.groupby(labels, observed=True).indices.items():
-            own = hits[inside]
-            found = _means({"accuracy": own, "delta": own - own[:, :1]}, images[inside], seed, draws=2000)
-            parts.append(pd.DataFrame({
-                "aspect": aspect, "slice": name, "method": list(scores), "n": len(own),
-                **dict(zip(("accuracy", "ci_low", "ci_high"), found["accuracy"], strict=True)),
-                **dict(zip(("delta_vs_clip", "delta_ci_low", "delta_ci_high"), found["delta"], strict=True)),
-            }))  # fmt: skip
+            table = _measures({"accuracy": hits[inside]}, images[inside], seed, draws=2000).rename(columns=_REC)
+            parts.append(_table({"aspect": aspect, "slice": name}, scores, len(inside), table))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -189,22 +170,3 @@ def expression_kind(texts: pd.Series) -> pd.Series:
     """
     relation, place = (texts.str.contains(pattern, case=False) for pattern in (_RELATION, _PLACE))
     return pd.Series(np.select([relation, place], ["relation", "place"], "attributes"), texts.index)
-
-
-def expression_slices(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an expression for `accuracy_by`: its kind, and thirds by number of candidates and size of target."""
-    texts, image_ids = ds.expressions["text"], ds.expressions["image_id"]
-    area = ds.annotations[["w", "h"]].prod(axis=1).loc[ds.expressions["ann_id"]].set_axis(texts.index)
-    kinds = pd.CategoricalDtype(["attributes", "place", "relation"])
-    return pd.DataFrame({
-        "kind of expression": expression_kind(texts).astype(kinds),
-        "candidates in the image": _thirds(image_ids.map(candidates.groupby("image_id").size())),
-        "size of the region": _thirds(area, ["small", "medium", "large"]),
-    })  # fmt: skip
-
-
-def _thirds(values: pd.Series, names: Sequence[str] = ()) -> pd.Series:
-    """Cut values into thirds, as far as ties allow, with `names` or labelled by their range."""
-    codes = pd.qcut(values.rank(), 3, labels=False, duplicates="drop").fillna(0).rank(method="dense").astype(int) - 1
-    ranges = values.groupby(codes).agg(lambda part: f"{part.min()}–{part.max()}")
-    return pd.Series(pd.Categorical.from_codes(codes, names or list(ranges)), values.index)

@@ -9,7 +9,6 @@ from torch import Tensor
 from .datasets import XYWH, ReferDataset
 from .normalization import calibrated_weight, pool
 from .regions import box_iou
-from .stats import cluster_bootstrap
 
 OBJECT, LOOSE, GROUND = "object", "part or loose box", "bare ground"  # kinds of candidate, by IoU with the objects
 
@@ -25,17 +24,15 @@ def sums_of_squares(logits: Tensor, image: Tensor) -> pd.DataFrame:
     0     4.5          0.5
     1     4.5          0.5
     """
-    count = image.bincount()[:, None]
-
-    def about_image(values: Tensor) -> Tensor:
-        total = values.new_zeros(len(count), values.shape[1]).index_add(0, image, values)
-        return values - (total / count.clamp(min=1))[image]
-
-    region = about_image(logits.double().mean(1, keepdim=True))
-    interaction = torch.zeros(len(logits), dtype=torch.float64)
+    region, both = torch.zeros(2, len(logits), dtype=torch.float64)
     for columns in logits.split(max(2**22 // len(logits), 1), 1):  # bounded memory
-        interaction += (about_image(columns.double()) - region).square().sum(1)
-    return pd.DataFrame({"region": logits.shape[1] * region[:, 0].square().numpy(), "interaction": interaction.numpy()})
+        values = columns.double()
+        total = values.new_zeros(int(image.max()) + 1, values.shape[1]).index_add(0, image, values)
+        values = values - (total / image.bincount().clamp(min=1)[:, None])[image]
+        region += values.sum(1)
+        both += values.square().sum(1)
+    region = region.square() / logits.shape[1]
+    return pd.DataFrame({"region": region.numpy(), "interaction": (both - region).numpy()})
 
 
 def region_share(logits: Tensor, image: Tensor) -> float:
@@ -51,15 +48,6 @@ def region_share(logits: Tensor, image: Tensor) -> float:
     return region / (region + interaction) if region + interaction else np.nan
 
 
-def variance_shares(logits: Tensor, image: Tensor, seed: int = 0) -> pd.Series:
-    """Return the shares region (`region_share`) and interaction, and region_low and region_high (95 %, over images)."""
-    sums = sums_of_squares(logits, image).assign(text=np.nan)  # the text's effect is left out
-    total = sums.sum(axis=1).to_numpy()[:, None]
-    low, high = cluster_bootstrap(sums[["region"]].to_numpy(), image.numpy(), total, seed=seed)
-    shares = sums.sum(min_count=1) / total.sum()
-    return pd.concat([shares, pd.Series({"region_low": low[0], "region_high": high[0]})])
-
-
 def diagnosis(logits: Tensor, a: Tensor, image: Tensor, temperature: float = 1.0) -> pd.Series:
     """Return what a bank `a` [C, M] can do for scores like `logits` [C, T], without labels.
 
@@ -68,8 +56,7 @@ def diagnosis(logits: Tensor, a: Tensor, image: Tensor, temperature: float = 1.0
     """
     pooled, mean = pool(a, temperature), logits.double().mean(1)
     weight, reverse = calibrated_weight(pooled, mean, image), calibrated_weight(mean, pooled, image)
-    numbers = {"region_share": region_share(logits, image), "agreement": weight * reverse, "weight": weight}
-    return pd.Series(numbers)
+    return pd.Series({"region_share": region_share(logits, image), "agreement": weight * reverse, "weight": weight})
 
 
 def k_occurrence(scores: Tensor, k: int = 1) -> Tensor:
@@ -95,23 +82,18 @@ def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, see
     measure, value, ci_low, ci_high, delta_vs_clip (to the first method), delta_ci_low, delta_ci_high; intervals resample
     `clusters` [N] and keep the counts.
     """
+    measures = {"skewness": skew, "gini": gini, "never": lambda column: (column == 0).mean()}
     codes, names = pd.factorize(clusters)
-    members, generator = pd.Series(codes).groupby(codes).indices, np.random.default_rng(seed)
-    drawn = generator.integers(len(names), size=(draws if len(names) > 1 else 0, len(names)))
-    samples = [np.arange(len(codes)), *(np.concatenate([members[code] for code in row]) for row in drawn)]
-    values = np.array([[_hubness(column[rows]) for column in counts.to_numpy().T] for rows in samples])  # [draws, K, 3]
-    table = pd.MultiIndex.from_product([counts, ("skewness", "gini", "never")], names=["method", "measure"]).to_frame(
-        False
-    )
+    drawn = np.random.default_rng(seed).integers(len(names), size=(draws if len(names) > 1 else 0, len(names)))
+    times = [np.ones(len(names), int), *(np.bincount(row, minlength=len(names)) for row in drawn)]
+    samples = (np.repeat(counts.to_numpy(), one[codes], axis=0).T for one in times)
+    values = np.array([[[measure(column) for measure in measures.values()] for column in part] for part in samples])
+    table = pd.MultiIndex.from_product([counts, measures], names=["method", "measure"]).to_frame(index=False)
     for name, stem, part in (("value", "ci", values), ("delta_vs_clip", "delta_ci", values - values[:, :1])):
-        flat = pd.DataFrame(part.reshape(len(samples), -1))
-        low, high = flat[1:].quantile([0.025, 0.975]).to_numpy()  # without NaN: a resample may lack all that varies
-        table = table.assign(**{name: flat.loc[0], f"{stem}_low": low, f"{stem}_high": high})
+        flat = pd.DataFrame(part.reshape(len(part), -1))
+        three = [flat.loc[0], *flat[1:].quantile([0.025, 0.975]).to_numpy()]  # without NaN, where nothing drawn varies
+        table[[name, f"{stem}_low", f"{stem}_high"]] = np.stack(three, 1)
     return table
-
-
-def _hubness(counts: np.ndarray) -> list[float]:
-    return [skew(counts) if np.ptp(counts) else np.nan, gini(counts), (counts == 0).mean()]
 
 
 def region_traits(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
@@ -124,9 +106,8 @@ def region_traits(ds: ReferDataset, candidates: pd.DataFrame) -> pd.DataFrame:
     own = candidates[["image_id", *XYWH]].rename_axis("row").reset_index()
     both = own.merge(objects, on="image_id", suffixes=("", "_o"))
     both["iou"] = box_iou(both[XYWH].to_numpy(), both[[f"{side}_o" for side in XYWH]].to_numpy())
-    best = both.sort_values("iou", ascending=False, kind="stable").drop_duplicates("row").set_index("row")
-    best = best.reindex(np.arange(len(candidates)))
-    framing = best["iou"].fillna(0).to_numpy()
+    best = both.loc[both.groupby("row")["iou"].idxmax()].set_index("row").reindex(range(len(candidates)))
+    framing = best["iou"].fillna(0)
+    category = best["category"].astype(object).where(framing >= 0.5)  # not of a closed list of names
     kind = np.select([framing >= 0.5, framing < 0.1], [OBJECT, GROUND], LOOSE)
-    category = best["category"].where(framing >= 0.5, None).to_numpy()
     return pd.DataFrame({"kind": kind, "category": category, "framing": framing})

@@ -1,17 +1,13 @@
 """How sure are we: intervals and tests that resample images, because expressions of one image are not independent."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 
 
 def _sums(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Add up rows [N, K] by cluster: a resample's sums are those of its clusters."""
-    codes, names = pd.factorize(np.asarray(clusters))
-    sums = np.zeros((len(names), values.shape[1]))
-    np.add.at(sums, codes, values)
-    return sums
+    codes, _ = pd.factorize(np.asarray(clusters))
+    return np.stack([np.bincount(codes, column) for column in values.T], 1)
 
 
 def _blocks(draws: int, clusters: int) -> list[int]:
@@ -20,33 +16,35 @@ def _blocks(draws: int, clusters: int) -> list[int]:
     return [min(rows, draws - start) for start in range(0, draws, rows)]
 
 
+def resampled(values: np.ndarray, clusters: np.ndarray, divisors: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Return Σ values / Σ divisors [N, K] of each resample of the clusters [N] (images), [draws, K]; NaN for one cluster.
+
+    Columns share their resamples, so that differences of columns are paired ones.
+    """
+    above, below = _sums(values, clusters), _sums(divisors, clusters)
+    count, generator, parts = len(above), np.random.default_rng(seed), []
+    for rows in _blocks(draws, count):
+        drawn = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+        parts.append(times @ above / (times @ below))
+    return np.concatenate(parts) if count > 1 else np.full_like(above, np.nan)
+
+
 def cluster_bootstrap(
-    values: np.ndarray, clusters: np.ndarray, denominator: np.ndarray | None = None, draws: int = 10_000,
-    seed: int = 0, reference: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    values: np.ndarray, clusters: np.ndarray, denominator: np.ndarray | None = None, draws: int = 10_000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the 95 % percentile interval of Σ values / Σ denominator, resampling clusters (images): low [K], high [K].
 
     `values` [N, K], `clusters` [N]. Without `denominator` ([N, K]: oIoU from intersections and unions) the ratio is the
-    mean. Columns share their resamples, so one may be a paired difference; the ratio of column `reference` is taken from
-    all in each. NaN for less than two clusters. (Davison and Hinkley, Bootstrap Methods, 1997, §3.8.)
+    mean. NaN for less than two clusters. (Davison and Hinkley, Bootstrap Methods, 1997, §3.8.)
 
     >>> hits = np.array([1, 1, 0, 1, 0, 0])
     >>> low, high = cluster_bootstrap(hits[:, None], np.array([7, 7, 7, 8, 8, 9]))
     >>> print(f"{low[0]:.3f} to {high[0]:.3f}")
     0.000 to 0.667
     """
-    above = _sums(values, clusters)
-    below = _sums(np.ones((len(values), 1)) if denominator is None else denominator, clusters)
-    count, generator, parts = len(above), np.random.default_rng(seed), []
-    if count < 2:
-        return np.full(above.shape[1], np.nan), np.full(above.shape[1], np.nan)
-    for rows in _blocks(draws, count):
-        drawn = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
-        times = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
-        parts.append(times @ above / (times @ below))
-    ratios = np.concatenate(parts)
-    ratios -= 0 if reference is None else ratios[:, [reference]]
-    low, high = np.quantile(ratios, [0.025, 0.975], axis=0)
+    divisors = np.ones((len(values), 1)) if denominator is None else denominator
+    low, high = np.quantile(resampled(values, clusters, divisors, draws, seed), [0.025, 0.975], axis=0)
     return low, high
 
 
@@ -68,7 +66,7 @@ def sign_flip_p(difference: np.ndarray, clusters: np.ndarray, draws: int = 10_00
     return np.where(np.isnan(bound), np.nan, (1 + extreme) / (1 + draws))
 
 
-def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
+def holm(p: np.ndarray | list[float]) -> np.ndarray:
     """Return p-values adjusted for their number by Holm's step-down rule (1979), [K] -> [K]; NaN is no test and stays.
 
     >>> holm([0.01, 0.04, 0.03]).round(2)
@@ -81,14 +79,13 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def verdict(name: str, delta: float, low: float, high: float, p: float = 0.0, unit: str = "points",
-            reference: str = "CLIP") -> str:  # fmt: skip
-    """Return a difference in one line, and what it shows: better or worse if the interval leaves out 0 and the p-value
-    (Holm-adjusted, where there are several methods) is below 0.05.
+def verdict(name: str, delta: float, low: float, high: float, p: float = 0.0) -> str:
+    """Return a difference to CLIP in points and what it shows: better or worse if the interval leaves out 0 and the
+    p-value (Holm-adjusted, where there are several methods) is below 0.05.
 
     >>> verdict("BSAP", 2.71, 0.2, 5.64)
     'BSAP − CLIP: +2.7 points [+0.2, +5.6]: better'
     """
     shown = ("better" if low > 0 else "worse") if p < 0.05 and (low > 0 or high < 0) else "no difference shown"
-    text = f"{name} − {reference}: {delta:+.1f} {unit} [{low:+.1f}, {high:+.1f}]: {shown}"
+    text = f"{name} − CLIP: {delta:+.1f} points [{low:+.1f}, {high:+.1f}]: {shown}"
     return text.replace("+nan", "–").replace(" -", " −").replace("[-", "[−").replace("−0.0", "+0.0")

@@ -16,7 +16,6 @@ from bsap_utils.imbalance import (
     region_share,
     region_traits,
     sums_of_squares,
-    variance_shares,
 )
 from bsap_utils.normalization import pool
 
@@ -55,14 +54,6 @@ def test_the_parts_add_up_to_the_whole_also_in_blocks():
     assert sums.to_numpy().sum() == pytest.approx(np.square(logits.numpy() - levels).sum())
     wide = logits.repeat(1, 5000)  # 200,000 texts: several blocks
     pd.testing.assert_frame_equal(sums_of_squares(wide, image), 5000 * sums)
-
-
-def test_shares_have_intervals_by_image():
-    logits, image = scores(candidates=300)
-    shares = variance_shares(logits, image)
-    assert shares["region"] == pytest.approx(region_share(logits, image)) and np.isnan(shares["text"])
-    assert 0.7 < shares["region_low"] < shares["region"] < shares["region_high"] < 0.9
-    assert shares["region"] + shares["interaction"] == pytest.approx(1)
 
 
 def test_the_diagnosis_finds_what_was_built_in():
