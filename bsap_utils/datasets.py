@@ -1,6 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg (Yu et al., ECCV 2016) and data of one's own as three pandas frames; data/README.md shows the
-layouts. And the doors through which all files go: decoding pictures, reading, writing.
-"""
+"""RefCOCO, RefCOCO+, RefCOCOg (Yu et al., ECCV 2016) and data of one's own as pandas frames; all reading and writing of files."""
 
 from __future__ import annotations
 
@@ -11,19 +9,16 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
 XYWH = ["x", "y", "w", "h"]
-COCO_FOLDER = "images/mscoco/images/train2014"
 FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF"]  # none starts a program, as EPS does
-MAX_PIXELS, MAX_BYTES, MAX_PICKLE = 178_956_970, 2 << 30, 100 << 20  # PIL's limit; a pickle of 100 MiB takes a minute
-CLIPPED, NO_AREA = "boxes clipped to their image", "boxes without area left out"
+MAX_BYTES = 2 << 30  # of a file; PIL itself refuses pictures of more than 178,956,970 pixels
 
 
 class DatasetError(ValueError):
@@ -42,25 +37,20 @@ def reading(name: Any, wanted: str) -> Iterator[None]:
         raise DatasetError(f"{name} cannot be read ({problem}). Pass {wanted}.") from error
 
 
-def open_picture(source: Path | str | bytes | BinaryIO | Image.Image, upright: bool = False) -> Image.Image:
+def open_picture(source: Path | str | bytes | Image.Image, upright: bool = False) -> Image.Image:
     """Return a picture, from a file or its bytes, in RGB and without metadata; of an animation the first frame.
 
-    16 bits are scaled to 8 by 65,535, 32 bits and floats by the smallest of 1, 255, 65,535 and 2³² that holds them all.
-    `upright` turns it by its EXIF orientation: not where boxes are in raw pixels, as COCO's. Raises DatasetError.
+    16 bits are scaled to 8 by 65,535, 32 bits and floats by their maximum, at least 1. Raises DatasetError.
+    `upright` turns it by its EXIF orientation: not where boxes are in raw pixels, as COCO's.
     """
-    name = source if isinstance(source, (Path, str)) else "The picture"
+    name, content = (source, read_bytes(source)) if isinstance(source, Path | str) else ("The picture", source)
     with reading(name, f"a whole picture of a format among {', '.join(FORMATS)}"):
-        content = read_bytes(Path(source)) if isinstance(source, (Path, str)) else source
-        file = io.BytesIO(content) if isinstance(content, bytes) else content
-        image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+        image = Image.open(io.BytesIO(content), formats=FORMATS) if isinstance(content, bytes) else content
         image = ImageOps.exif_transpose(image) if upright else image
         if image.mode.startswith("I") or image.mode == "F":  # PIL would cut off all above 255
             values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-            tops = [65_535] if image.mode.startswith("I;16") else [1, 255, 65_535, 2**32, values.max()]
-            scale = 255 / next(top for top in tops if top >= values.max())
-            image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+            top = 65_535 if image.mode.startswith("I;16") else max(values.max(), 1)
+            image = Image.fromarray((values * (255 / top)).round().clip(0, 255).astype(np.uint8))
         image = image.convert("RGB")
         image.info = {}  # else whoever gets it might turn it by its EXIF orientation again
         return image
@@ -101,8 +91,6 @@ class ReferDataset:
             parts, names = [self.select(one, limit) for one in split], ("images", "annotations", "expressions")
             joint = {name: pd.concat([getattr(part, name) for part in parts]) for name in names}
             return dataclasses.replace(self, **{name: one[~one.index.duplicated()] for name, one in joint.items()})
-        if (limit or 0) < 0:
-            raise DatasetError(f"limit is {limit}: pass how many images to take, or 0 for all.")
         if split not in (None, *self.splits):
             raise DatasetError(f"{self.name} has no split {split!r}, only {', '.join(self.splits) or 'none'}.")
         chosen = self.expressions if split is None else self.expressions[self.expressions["split"] == split]
@@ -136,27 +124,21 @@ def load_refer(
     clipped, those without area and expressions of white space left out, each counted; all else raises DatasetError.
     """
     folder, split_by = Path(root) / dataset, split_by or ("umd" if dataset == "refcocog" else "unc")
-    own, csv, instances = folder / "images", folder / "expressions.csv", folder / "instances.json"
-    image_root = Path(image_root) if image_root else own if own.is_dir() else Path(root) / COCO_FOLDER
-    refs, lists = sorted(folder.glob("refs(*).p")), sorted(folder.glob(f"{dataset}_*.json"))
-    path = folder / f"refs({split_by}).p" if refs else csv if csv.is_file() or not lists else lists[0]
-    if not path.is_file():
-        found = ", ".join(file.name for file in refs) or "nothing else"
-        raise DatasetError(f"{path}: no such file, but {found}. Run `bsap data get {dataset}`, pass as root the folder above "
-                           f"{dataset}, or another split_by (SPLIT_BY).")  # fmt: skip
+    refs, instances, own = folder / f"refs({split_by}).p", folder / "instances.json", folder / "images"
+    image_root = Path(image_root or (own if own.is_dir() else Path(root) / "images/mscoco/images/train2014"))
+    tables = sorted([*folder.glob("expressions.csv")] or folder.glob(f"{dataset}_*.json"))
+    if not refs.is_file() and not tables:
+        advice = f"pass as root the folder above {dataset}, or another split_by (SPLIT_BY)"
+        raise DatasetError(f"{refs}: no such file. Run `bsap data get {dataset}`, {advice}.")
     with reading(folder, "a data set as data/README.md describes it"):
-        if refs:
-            images, annotations, expressions = *_read_instances(instances), _read_refs(path)
+        if refs.is_file():
+            images, annotations, expressions = *_read_instances(instances), _read_refs(refs)
         else:
-            table = pd.concat([_read_rows(file, dataset) for file in (lists if path in lists else [csv])])
-            images, annotations, expressions = _split_up(table.reset_index(drop=True))
-            if instances.is_file():
-                images, annotations, expressions = _find_targets(annotations, expressions, path, instances)
-        source = instances if instances.is_file() else path
-        images, annotations, counts = _clean(images, annotations, source, image_root)
-    image = annotations["image_id"].reindex(expressions["ann_id"], fill_value=-(2**63)).to_numpy()
-    problem = "its target is no annotation with an area in its image"
-    refuse(image != expressions["image_id"].to_numpy(), f"{path}: expression ", problem, expressions.index)
+            rows = pd.concat(map(_read_rows, tables), ignore_index=True)
+            images, annotations, expressions = _split_up(rows, instances)
+        images, annotations, counts = _clean(images, annotations, folder, image_root)
+    image = expressions["ann_id"].map(annotations["image_id"])
+    refuse(image != expressions["image_id"], f"{folder}: expression ", "its target is no object of its image")
     blank = expressions["text"].str.strip() == ""
     counts["expressions without text left out"] = int(blank.sum())
     return ReferDataset(dataset, split_by, image_root, images, annotations, expressions[~blank], counts)
@@ -166,97 +148,74 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the images and the annotations of a file in COCO's form."""
     content = read_json(path)
     images = read_table(content["images"], f"{path}: images", id=int, file_name=str, width=int, height=int)
-    names = read_table(content["categories"], f"{path}: categories", id=int, name=str).drop_duplicates("id")
+    names = read_table(content["categories"], f"{path}: categories", id=int, name=str)
     kinds = {"id": int, "image_id": int, "category_id": int, "bbox": XYWH, "area": float, "iscrowd": int}
     annotations = read_table(content["annotations"], f"{path}: annotations", **kinds, segmentation=object)
-    row = pd.Index(names["id"]).get_indexer(annotations["category_id"])
-    refuse(row < 0, f"{path}: annotations", "'category_id' is not among the categories")
-    return images, annotations.assign(category=pd.Categorical(names["name"].to_numpy()[row], names["name"].unique()))
+    category = annotations["category_id"].map(names.set_index("id")["name"])
+    refuse(category.isna(), f"{path}: annotations", "'category_id' is not among the categories")
+    return images, annotations.assign(category=pd.Categorical(category, names["name"].unique()))
 
 
-def _clean(images: pd.DataFrame, annotations: pd.DataFrame, path: Path, image_root: Path) -> tuple:
+def _clean(images: pd.DataFrame, annotations: pd.DataFrame, folder: Path, image_root: Path) -> tuple:
     """Return both frames by their ids, checked, boxes clipped and degenerate polygons dropped; and counts."""
-    for frame, where in ((images, f"{path}: images"), (annotations, f"{path}: annotations")):
-        refuse(frame["id"].duplicated(), where, "'id' is that of an earlier entry too")
     leaves = images["file_name"].str.contains(r"^\s*$|^/|\\|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|\x00", regex=True)
-    refuse(leaves, f"{path}: images", "'file_name' is empty or leads out of the image folder")
+    refuse(leaves, f"{folder}: images", "'file_name' is empty or leads out of the image folder")
     if "width" not in images:
         images[["width", "height"]] = [open_picture(image_root / name).size for name in images["file_name"]]
-    pixels = images["width"].clip(0).astype(float) * images["height"].clip(0)
-    refuse((pixels < 1) | (pixels > MAX_PIXELS), f"{path}: images", f"the size is not 1 to {MAX_PIXELS:,} pixels")
     images = images.set_index("id").rename_axis("image_id")[["file_name", "width", "height"]]
-    row = images.index.get_indexer(annotations["image_id"])
-    refuse(row < 0, f"{path}: annotations", "'image_id' is not among the images")
-    boxes = annotations[XYWH].to_numpy()
-    annotations[XYWH], has_area, clipped = clip_boxes(boxes, images[["width", "height"]].to_numpy()[row])
-    masks, dropped = zip(*map(clean_mask, annotations["segmentation"]), strict=True) if len(annotations) else ((), ())
-    annotations["segmentation"] = pd.Series(masks, annotations.index, object)
-    counts = {CLIPPED: int(clipped.sum()), NO_AREA: int((~has_area).sum()), "degenerate polygons dropped": sum(dropped)}
-    columns = ["image_id", "category", *XYWH, "area", "iscrowd", "segmentation"]
-    return images, annotations[has_area].set_index("id").rename_axis("ann_id")[columns], counts
+    masks = [clean_mask(mask) for mask in annotations["segmentation"]]
+    annotations["segmentation"] = pd.Series([mask for mask, _ in masks], annotations.index, object)
+    annotations, counts = clip_boxes(annotations.set_index("id").rename_axis("ann_id"), images)
+    counts["degenerate polygons dropped"] = sum(dropped for _, dropped in masks)
+    return images, annotations[["image_id", "category", *XYWH, "area", "iscrowd", "segmentation"]], counts
 
 
 def _read_refs(path: Path) -> pd.DataFrame:
     """Return the expressions of a pickle of refs, of any protocol, from Python 2 or 3. Nothing in it is executed."""
-    data = read_bytes(path, MAX_PICKLE)
+    kinds = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sent_id": int, "sent": str}
     with reading(path, "a whole pickle of lists, dicts, text and numbers, from where you trust it"):
-        try:
-            records = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-        except UnicodeDecodeError:  # Python 2's byte strings may be anything, and Latin-1 reads any
-            records = _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    kinds = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": object}
-    refs = read_table(records, f"{path}: refs", **kinds)
-    texts = read_table(list(chain(*refs["sentences"])), f"{path}: sentences of all refs", sent_id=int, sent=str)
-    for frame, key in ((refs, "ref_id"), (texts, "sent_id")):
-        refuse(frame[key].duplicated(), f"{path}: {key} ", "is there twice", frame[key])
-    row = np.repeat(np.arange(len(refs)), refs.pop("sentences").map(len).to_numpy(dtype=int))
-    return refs.iloc[row].set_index(pd.Index(texts["sent_id"])).assign(text=texts["sent"].array)
+        refs = _PlainUnpickler(io.BytesIO(read_bytes(path)), encoding="utf-8", errors="replace").load()
+        table = read_table([{**ref, **text} for ref in refs for text in ref["sentences"]], f"{path}: refs", **kinds)
+        return table.set_index("sent_id").rename(columns={"sent": "text"})
 
 
-def _read_rows(path: Path, dataset: str) -> pd.DataFrame:
+def _read_rows(path: Path) -> pd.DataFrame:
     """Return a row an expression of a CSV or of the list of an evaluation kit, whose img_id is COCO's name and a number."""
-    kinds = {"file_name": str, "text": str, "split": str, "bbox": XYWH, "category": object, "segmentation": object}
+    kinds = {"file_name": str, "text": str, "split": str, "bbox": XYWH, "category": str, "segmentation": object}
     with reading(path, "a CSV in UTF-8, its first line file_name,x,y,w,h,text, or a list (data/README.md shows both)"):
         if path.suffix == ".csv":
             table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-            table = table.rename(columns=str.strip)
-            table["bbox"], table["split"] = table[XYWH].to_numpy().tolist(), table.get("split", "all")
-            masks = table.get("segmentation", [""] * len(table))
-            table["segmentation"] = [json.loads(mask.strip() or "null") for mask in masks]
+            table["bbox"], split = table[XYWH].to_numpy().tolist(), "all"
+            if "segmentation" in table:
+                table["segmentation"] = [json.loads(mask or "null") for mask in table["segmentation"]]
         else:
-            table = pd.DataFrame(read_json(path)).rename(columns={"sents": "text"})
-            names = table["img_id"].str.replace(r"^(COCO_\w+_\d{12})_\d+$", r"\1", regex=True)
-            table["file_name"] = names.where(names.str.contains(r"\.\w+$"), names + ".jpg")
-            table["split"] = path.stem.removeprefix(f"{dataset}_")
-    sizes = {"width": float, "height": float} if "width" in table else {}
-    rows = read_table(table.to_dict("records"), f"{path}: row", **kinds, **sizes)
-    return rows.fillna({"category": ""}).astype(dict.fromkeys(sizes, np.int64))
+            table, split = pd.DataFrame(read_json(path)), path.stem.removeprefix(f"{path.parent.name}_")
+            table["file_name"] = table["img_id"].str.replace(r"^([^.]+?)((?<=_\d{12})_\d+)?$", r"\1.jpg", regex=True)
+            table["text"] = table["sents"]
+        sizes = {"width": int, "height": int} if "width" in table else {}
+        records = [{"split": split, "category": "", **record} for record in table.to_dict("records")]
+    return read_table(records, f"{path}: row", **kinds, **sizes)
 
 
-def _split_up(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return the images, boxes and expressions of a table; ids of images are the numbers of COCO's names where all have one."""
-    images = table.drop_duplicates("file_name").reset_index(drop=True)
-    numbers = images["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0].astype("Int64")
-    images["id"] = numbers if numbers.notna().all() and numbers.is_unique else np.arange(1, len(images) + 1)
-    images = images.astype({"id": np.int64})
-    ids = table.groupby(["file_name", *XYWH], sort=False, dropna=False).ngroup() + 1
-    table = table.assign(ann_id=ids, ref_id=ids, image_id=table["file_name"].map(images.set_index("file_name")["id"]))
-    boxes = table.drop_duplicates("ann_id").reset_index(drop=True)
-    boxes = boxes.assign(id=boxes["ann_id"], area=boxes["w"] * boxes["h"], iscrowd=0).astype({"category": "category"})
-    return images, boxes, table.rename_axis("sent_id")[["ref_id", "ann_id", "image_id", "split", "text"]]
-
-
-def _find_targets(boxes: pd.DataFrame, texts: pd.DataFrame, path: Path, instances: Path) -> tuple:
-    """Return images, objects and a table's expressions, each of the object nearest to its box, within a tenth of a pixel."""
-    images, objects = _read_instances(instances)
-    named = boxes[["ann_id", "file_name", *XYWH]].merge(images.rename(columns={"id": "image_id"}), on="file_name")
-    pairs = named.merge(objects, on="image_id", suffixes=("_", ""))
+def _split_up(table: pd.DataFrame, instances: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Return images, objects (those of `instances`, if it is there) and expressions, each of the object that has its box."""
+    if instances.is_file():
+        images, objects = _read_instances(instances)
+    else:
+        numbers = table["file_name"].str.extract(r"(\d{1,18})(?:\.\w+)?$")[0].astype("Int64")  # COCO's ids
+        if numbers.isna().any() or numbers.nunique() < table["file_name"].nunique():
+            numbers = table.groupby("file_name", sort=False).ngroup() + 1
+        table["image_id"] = numbers.astype(np.int64)
+        images = table.drop_duplicates("image_id").rename(columns={"image_id": "id"})
+        objects = table.drop_duplicates(["image_id", *XYWH], ignore_index=True).astype({"category": "category"})
+        objects = objects.assign(id=objects.index + 1, area=objects["w"] * objects["h"], iscrowd=0)
+    names = images[["id", "file_name"]].rename(columns={"id": "image_id"})
+    pairs = table.reset_index(names="sent_id").merge(names).merge(objects, on="image_id", suffixes=("", "_"))
     pairs["gap"] = np.abs(pairs[XYWH].to_numpy() - pairs[[f"{side}_" for side in XYWH]].to_numpy()).max(1)
-    near = pairs[pairs["gap"] < 0.1001].sort_values("gap", kind="stable").drop_duplicates("ann_id").set_index("ann_id")
-    lacks = ~texts["ann_id"].isin(near.index)
-    refuse(lacks, f"{path}: expression ", f"{instances.name} has no such picture, or no such box in it", texts.index)
-    ids = near.loc[texts["ann_id"], ["id", "image_id"]].to_numpy()
-    return images, objects, texts.assign(ann_id=ids[:, 0], ref_id=ids[:, 0], image_id=ids[:, 1])
+    found = pairs[pairs["gap"] < 0.1001].sort_values(["sent_id", "gap"]).drop_duplicates("sent_id").set_index("sent_id")
+    refuse(~table.index.to_series().isin(found.index), f"{instances.parent}: expression ", "no object has its box")
+    found["ann_id"] = found["ref_id"] = found["id"]
+    return images, objects, found[["ref_id", "ann_id", "image_id", "split", "text"]]
 
 
 def clean_mask(segmentation: Any) -> tuple[Any, int]:
@@ -267,15 +226,17 @@ def clean_mask(segmentation: Any) -> tuple[Any, int]:
     return kept or None, len(segmentation) - len(kept)
 
 
-def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clip `boxes` [N, 4] (xywh, pixels) to images of `sizes` [N, 2] (width, height): boxes [N, 4], has area, was moved [N]."""
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are what has_area is for
-        near, far = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-        outside = (near < -1e-3).any(1) | (far > sizes + 1e-3).any(1)
-        near, far = np.clip(near, 0, sizes), np.clip(far, 0, sizes)
-        clipped = np.where(outside[:, None], np.hstack([near, far - near]), boxes)
-        has_area = np.isfinite(boxes).all(1) & (far > near).all(1)
-    return clipped, has_area, has_area & outside
+def clip_boxes(frame: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Clip the boxes of a frame to their images, and leave out those without area; return the others, and counts."""
+    boxes, sizes = frame[XYWH].to_numpy(), images.loc[frame["image_id"], ["width", "height"]].to_numpy()
+    near, far = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    outside = (near < -1e-3).any(1) | (far > sizes + 1e-3).any(1)
+    near, far = np.clip(near, 0, sizes), np.clip(far, 0, sizes)
+    has_area = np.isfinite(boxes).all(1) & (far > near).all(1)
+    clipped = np.where(outside[:, None], np.hstack([near, far - near]), boxes)
+    counts = {"boxes clipped to their image": has_area & outside, "boxes without area left out": ~has_area}
+    frame = frame.assign(**dict(zip(XYWH, clipped.T, strict=True)))[has_area]
+    return frame, {what: int(rows.sum()) for what, rows in counts.items()}
 
 
 def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
@@ -291,51 +252,39 @@ def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
             else:
                 values = pd.array(values, dtype="Int64") if kind is int else values  # NumPy would make 1 of 1.5
                 columns[key] = pd.Series(values, dtype={int: np.int64, float: np.float64}.get(kind, kind))
+            if key in ("id", "sent_id"):
+                refuse(columns[key].duplicated(), where, f"'{key}' is that of an earlier entry too")
     return pd.DataFrame(columns)
 
 
-def refuse(wrong: Any, where: str, problem: str, names: Any = None) -> None:
-    """Raise DatasetError for the first entry that is wrong, by its number or name, and say how many there are."""
-    rows = np.flatnonzero(wrong)
-    if len(rows):
-        name = rows[0] if names is None else names[rows[0]]
-        raise DatasetError(f"{where}[{name}]: {problem} ({len(rows)} such entries). Correct the file.")
-
-
-class _Record(dict):
-    """A dict with text as keys: to hash nested tuples, or integers made to collide, can take for ever."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if type(key) is not str:
-            raise pickle.UnpicklingError("a key is no text")
-        super().__setitem__(key, value)
+def refuse(wrong: pd.Series, where: str, problem: str) -> None:
+    """Raise DatasetError for the first entry that is wrong, by its index, and say how many there are."""
+    if wrong.any():
+        raise DatasetError(f"{where}[{wrong.idxmax()}]: {problem} ({wrong.sum()} such entries). Correct the file.")
 
 
 class _PlainUnpickler(pickle._Unpickler):
     """Unpickles plain data, for a pickle may run any code; in Python, for a few bytes can make the C one ask for gigabytes."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Record())  # type: ignore[attr-defined]
-    dispatch[pickle.DICT[0]] = lambda self: self.pop_mark() or self.append(_Record())  # type: ignore[attr-defined]
-    for code in (pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):
-        del dispatch[code[0]]
+    del dispatch[pickle.BYTEARRAY8[0]]  # it takes as many bytes as it is told to
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}"[:99] + ", which was refused and not executed")
 
 
-def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """Return the content of a regular file. Raises DatasetError when it is missing, no such, or larger than `limit`."""
-    with reading(path, f"the path of a regular file of at most {limit:,} bytes"):
-        if path.stat().st_size > limit or not path.is_file():
+def read_bytes(path: str | Path) -> bytes:
+    """Return the content of a regular file of at most MAX_BYTES. Raises DatasetError when it is missing or no such."""
+    with reading(path, f"the path of a regular file of at most {MAX_BYTES:,} bytes"):
+        if os.path.getsize(path) > MAX_BYTES or not os.path.isfile(path):
             raise ValueError("it is a folder or a device, or too large")
-        return path.read_bytes()
+        return Path(path).read_bytes()
 
 
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file. Raises DatasetError when it is missing or malformed."""
     with reading(path, "a whole file of valid JSON"):
-        return json.loads(read_bytes(Path(path)))
+        return json.loads(read_bytes(path))
 
 
 def write_file(path: str | Path, content: bytes | Callable[[Path], Any]) -> None:

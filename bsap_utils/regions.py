@@ -21,8 +21,6 @@ from pycocotools import mask as coco
 from . import datasets
 from .datasets import XYWH, DatasetError, ReferDataset, reading
 
-MAX_OUTLINE = 2_000_000  # pixels along the polygons of a mask: pycocotools takes about 300 bytes for each
-
 
 def ground_truth(ds: ReferDataset) -> pd.DataFrame:
     """Return every annotation that is no crowd, with ann_id (-1: a whole image) and, unless all are unknown, its mask."""
@@ -42,13 +40,22 @@ def from_boxes(ds: ReferDataset, path: str | Path) -> pd.DataFrame:
     """Return the boxes of a detector as candidates: clipped to their image, left out where nothing remains.
 
     `path` is a JSON file: {image id: [[x, y, w, h], …]} in pixels, as ReCLIP has it (Subramanian et al., ACL 2022), or
-    COCO results, [{image_id, bbox, score}, …]; an image may be named by its file name. DatasetError where it is wrong.
+    COCO results, [{image_id, bbox, score}, …]; an image may be named by its file name. DatasetError where it is wrong: also
+    if no number is over 1, over 20 % of the boxes leave their picture, or over 80 % of ten or more targets have none that fits.
     """
     frame, counts = _read_results(ds, path, XYWH)
-    check_boxes(ds, frame, path)
-    frame[XYWH], has_area, clipped = datasets.clip_boxes(frame[XYWH].to_numpy(), _sizes(ds, frame))
-    counts |= {datasets.CLIPPED: int(clipped.sum()), datasets.NO_AREA: int((~has_area).sum())}
-    return _complete(frame[has_area], ds, counts)
+    truth = ds.annotations.loc[ds.expressions["ann_id"].unique(), ["image_id", *XYWH]].reset_index()
+    both = truth.merge(frame, on="image_id", suffixes=("_", ""))
+    overlaps = box_iou(both[[f"{side}_" for side in XYWH]].to_numpy(), both[XYWH].to_numpy())
+    fitted = pd.Series(overlaps > 0.5).groupby(both["ann_id"]).any()
+    sized = frame.join(ds.images, on="image_id")
+    inside = sized.eval("x >= -1 and y >= -1 and w > 0 and h > 0 and x + w <= width + 1 and y + h <= height + 1").mean()
+    if inside < 0.8 or frame[XYWH].max(axis=None) <= 1 or (len(fitted) >= 10 and fitted.mean() < 0.2):
+        raise DatasetError(f"{path}: {1 - inside:.0%} of the boxes leave their picture, {fitted.mean():.0%} of the targets "
+                           "have one that fits. Write [x, y, w, h] in pixels of these pictures in this size, not corners "
+                           "or shares of 1.")  # fmt: skip
+    frame, clipped = datasets.clip_boxes(frame, ds.images)
+    return _complete(frame, ds, counts | clipped)
 
 
 def from_masks(ds: ReferDataset, path: str | Path) -> pd.DataFrame:
@@ -57,13 +64,10 @@ def from_masks(ds: ReferDataset, path: str | Path) -> pd.DataFrame:
     `path` is a JSON file of COCO results, [{image_id, segmentation, score}, …]; a segmentation is what `to_rle` takes.
     """
     frame, counts = _read_results(ds, path, object)
-    rles = []
-    for entry, mask, size in zip(frame.index, frame["segmentation"], _sizes(ds, frame), strict=True):
-        with reading(f"{path}: entry [{entry}]", "RLE or polygons of its picture"):
-            rles.append(to_rle(mask, *size[::-1]))
-    frame[XYWH] = np.reshape(coco.toBbox(rles) if rles else [], (-1, 4))
-    frame["segmentation"], empty = pd.Series(rles, frame.index, object), mask_areas(rles) == 0
-    return _complete(frame[~empty], ds, counts | {"masks of less than 1 pixels left out": int(empty.sum())})
+    rles = _all_rles(ds, frame, f"{path}: entry")
+    frame[XYWH] = coco.toBbox(rles)
+    frame["segmentation"], empty = pd.Series(rles, frame.index, object), frame["w"] == 0
+    return _complete(frame[~empty], ds, counts | {"empty masks left out": int(empty.sum())})
 
 
 def load_candidates(ds: ReferDataset, source: str, root: str | Path) -> pd.DataFrame:
@@ -76,9 +80,9 @@ def load_candidates(ds: ReferDataset, source: str, root: str | Path) -> pd.DataF
         return ground_truth(ds) if source == "gt" else whole_images(ds)
     named = {"detections": "dets_dict", "rpn": "rpn_dict", "masks": "masks"}.get(source)
     path = Path(root) / f"{ds.name}_{named}.json" if named else Path(source)
-    content = [] if named else datasets.read_json(path)
-    masked = isinstance(content, list) and any(isinstance(one, dict) and one.get("segmentation") for one in content)
-    return (from_masks if masked or source == "masks" else from_boxes)(ds, path)
+    content = [] if named else datasets.read_json(path)  # of boxes by image, a dict: its keys are no dicts
+    masked = source == "masks" or any(isinstance(one, dict) and one.get("segmentation") for one in content)
+    return (from_masks if masked else from_boxes)(ds, path)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,18 +117,13 @@ def pair_up(ds: ReferDataset, candidates: pd.DataFrame, masks: bool = False) -> 
     truth = ds.annotations.loc[ds.expressions["ann_id"]]
     if absent := {*truth["image_id"]} - {*candidates["image_id"]}:
         raise DatasetError(f"Image {min(absent)} has expressions but no candidate. Pass candidates of all images.")
-    expression, candidate = _same_image(truth, candidates)
-    image = ds.images.index.get_indexer(truth["image_id"])[expression]
+    sides = (frame[["image_id"]].assign(row=np.arange(len(frame))) for frame in (truth, candidates))
+    both = pd.merge(*sides, on="image_id").sort_values(["row_x", "row_y"])
+    expression, candidate = both["row_x"].to_numpy(), both["row_y"].to_numpy()
+    image = ds.images.index.get_indexer(both["image_id"])
     left, right = truth.iloc[expression], candidates.reset_index(drop=True).iloc[candidate]
     ious = _mask_overlaps(ds, left, right) if masks else (box_iou(left[XYWH].to_numpy(), right[XYWH].to_numpy()),)
     return Pairs(*map(torch.tensor, (expression, candidate, image, *ious)))
-
-
-def _same_image(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row numbers of all pairs of rows with one image_id, by left, then right: two int64 [P]."""
-    lines = (frame[["image_id"]].assign(row=np.arange(len(frame))) for frame in (left, right))
-    pairs = pd.merge(*lines, on="image_id").sort_values(["row_x", "row_y"])
-    return pairs["row_x"].to_numpy(), pairs["row_y"].to_numpy()
 
 
 def _mask_overlaps(ds: ReferDataset, *sides: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -135,41 +134,13 @@ def _mask_overlaps(ds: ReferDataset, *sides: pd.DataFrame) -> tuple[np.ndarray, 
         raise DatasetError("The candidates are boxes, but RIS needs masks: use ground_truth or from_masks.")
     columns, areas = [], 0
     for side in sides:
-        once, rles = side[~side.index.duplicated()], []
-        for image_id, mask, size in zip(once["image_id"], once["segmentation"], _sizes(ds, once), strict=True):
-            with reading(f"A mask of image {image_id}", "another one"):
-                rles.append(to_rle(mask, *size[::-1]))
-        row = once.index.get_indexer(side.index)
+        once = side[~side.index.duplicated()]
+        rles, row = _all_rles(ds, once, "mask"), once.index.get_indexer(side.index)
         columns.append([rles[i] for i in row])
         areas = areas + mask_areas(rles)[row]
     iou = np.array([coco.iou([ours], [theirs], [0]).item() for theirs, ours in zip(*columns, strict=True)])
     shared = np.rint(iou * areas / (1 + iou)).astype(np.int64)  # IoU = I / (areas - I), I whole pixels
     return iou, shared, areas - shared
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def check_boxes(ds: ReferDataset, boxes: pd.DataFrame, source: str | Path) -> None:
-    """Raise DatasetError where boxes, as they stand in a file, seem not to be [x, y, w, h] in pixels of ds's pictures.
-
-    That is: all numbers are at most 1, over 20 % of the boxes leave their picture by a pixel or have no area, or fewer
-    than 20 % of ten or more targets have a box with IoU > 0.5. The message says which reading would fit them best.
-    """
-    if boxes.empty:
-        return
-    truth = ds.annotations.loc[ds.expressions["ann_id"].unique()]
-    target, row = _same_image(truth, boxes)
-    array, sizes, count = boxes[XYWH].to_numpy(), _sizes(ds, boxes), len(np.unique(target))
-    near, far = array[:, :2], array[:, 2:]
-    forms = {"x, y, w, h": array, "corners": np.hstack([near, far - near]), "centres": np.hstack([near - far / 2, far])}
-    forms |= {f"shares of 1 ({name})": form * np.hstack([sizes, sizes]) for name, form in forms.items()}
-    fits = {name: target[box_iou(truth[XYWH].to_numpy()[target], form[row]) > 0.5] for name, form in forms.items()}
-    reach = {name: len(np.unique(found)) / max(count, 1) for name, found in fits.items()}
-    best = max(reach, key=lambda name: reach[name])
-    outside = 1 - ((near >= -1) & (far > 0) & (near + far <= sizes + 1)).all(1).mean()
-    if outside > 0.2 or np.abs(array).max() <= 1 or (reach["x, y, w, h"] < 0.2 and count >= 10):
-        raise DatasetError(f"{source}: {outside:.0%} of the boxes leave their picture, {reach['x, y, w, h']:.0%} of the "
-                           f"targets have one that fits; {reach[best]:.0%} would, were they {best}. Write [x, y, w, h] in "
-                           "pixels, of these pictures in this size, not shares of 1.")  # fmt: skip
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -185,23 +156,20 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict:
     """Return COCO's compressed RLE of polygons or of RLE of either kind. Raises ValueError, TypeError, OverflowError, …"""
     if isinstance(segmentation, dict):
         counts, size = segmentation["counts"], [int(height), int(width)]
-        if list(segmentation["size"]) != size:
-            raise ValueError(f"RLE of size {segmentation['size']} for {size}")
         if isinstance(counts, bytes):
             return segmentation  # pycocotools made it: JSON holds text
-        if isinstance(counts, str) and not re.fullmatch("[0-o]*[0-O]", counts):
-            raise ValueError("damaged counts, beyond which pycocotools would read on")
-        rle = {"size": size, "counts": counts.encode() if isinstance(counts, str) else counts}
-        rle = coco.frPyObjects(rle, *size) if isinstance(counts, list) else rle
+        text = isinstance(counts, str)
+        if list(segmentation["size"]) != size or (text and not re.fullmatch("[0-o]*[0-O]", counts)):
+            raise ValueError(f"RLE of another size than {size}, or damaged: pycocotools would read on beyond its end")
+        rle = {"size": size, "counts": counts.encode()} if text else coco.frPyObjects(segmentation, *size)
         whole = coco.encode(coco.decode(rle))  # without runs of 0
-        if sum(counts) != height * width if isinstance(counts, list) else whole != rle:
+        if whole != rle if text else sum(counts) != height * width:
             raise ValueError("runs that do not fill the picture")
         return whole
     polygons = [np.reshape(polygon, (-1, 2)) for polygon in datasets.clean_mask(segmentation)[0]]
-    points, length = np.concatenate(polygons), sum(np.abs(np.diff(polygon, axis=0)).sum() for polygon in polygons)
-    fits = length <= MAX_OUTLINE and 1 < np.abs(points).max() <= 10 * (height + width)  # neither shares of 1 nor NaN
-    if points.dtype.kind not in "if" or not fits:
-        raise ValueError("polygons that are no numbers, too long, or not in pixels of the picture")
+    points = np.concatenate(polygons)
+    if points.dtype.kind not in "if" or not 1 < np.abs(points).max() <= 10 * (height + width):  # shares of 1, or NaN
+        raise ValueError("polygons that are no numbers, or not in pixels of the picture")
     return coco.merge(coco.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width))
 
 
@@ -226,8 +194,13 @@ def suppress(masks: Sequence[dict], threshold: float) -> np.ndarray:
     return stays
 
 
-def _sizes(ds: ReferDataset, frame: pd.DataFrame) -> np.ndarray:
-    return ds.images.loc[frame["image_id"], ["width", "height"]].to_numpy()
+def _all_rles(ds: ReferDataset, frame: pd.DataFrame, source: str) -> list[dict]:
+    """Return the masks of a frame's rows as compressed RLE. Raises DatasetError that names `source` and the row."""
+    rles, sizes = [], ds.images.loc[frame["image_id"], ["height", "width"]].to_numpy()
+    for row, mask, size in zip(frame.index, frame["segmentation"], sizes, strict=True):
+        with reading(f"{source} [{row}]", "RLE or polygons of its picture"):
+            rles.append(to_rle(mask, *size))
+    return rles
 
 
 def _read_results(ds: ReferDataset, path: str | Path, bbox: Any) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -241,8 +214,8 @@ def _read_results(ds: ReferDataset, path: str | Path, bbox: Any) -> tuple[pd.Dat
         frame = datasets.read_table(content, f"{path}: entries", image_id=int, bbox=bbox, **kinds)
         frame = frame.astype({"score": float})
     outside = ~frame["image_id"].isin(ds.images.index)
-    if outside.all():  # a file for another data set
-        datasets.refuse(outside, f"{path}: entry", f"'image_id' is none of {ds.name}'s, e.g. {ds.images.index[0]}")
+    another = outside & outside.all()  # a file for another data set
+    datasets.refuse(another, f"{path}: entry", f"'image_id' is none of {ds.name}'s, e.g. {ds.images.index[0]}")
     return frame[~outside].copy(), {"entries of images outside the data set ignored": int(outside.sum())}
 
 
@@ -251,15 +224,12 @@ def _complete(frame: pd.DataFrame, ds: ReferDataset, counts: dict[str, int]) -> 
     optional = [name for name in ("ann_id", "score", "segmentation") if name in frame and frame[name].notna().any()]
     frame = ds.images.reset_index().merge(frame[["image_id", *XYWH, *optional]], how="left", on="image_id")
     empty = int(frame["x"].isna().sum())
-    frame = frame.fillna({"x": 0, "y": 0, "w": frame["width"], "h": frame["height"]})
-    if "ann_id" in frame:
-        frame["ann_id"] = frame["ann_id"].fillna(-1).astype(np.int64)
+    frame = frame.fillna({"x": 0, "y": 0, "w": frame["width"], "h": frame["height"], "ann_id": -1})
+    frame = frame.astype({"ann_id": np.int64} if "ann_id" in frame else {})
     if "segmentation" in frame:
-        rows = zip(frame["segmentation"], frame[XYWH].to_numpy(), frame["height"], frame["width"], strict=True)
-        frame["segmentation"] = [
-            mask if isinstance(mask, list | dict) else coco.frPyObjects(np.array([box]), height, width)[0]
-            for mask, box, height, width in rows
-        ]
+        for row in frame[frame["segmentation"].isna()].itertuples():
+            box = np.array([[row.x, row.y, row.w, row.h]])
+            frame.at[row.Index, "segmentation"] = coco.frPyObjects(box, row.height, row.width)[0]
     frame = frame[["image_id", *XYWH, *optional]]
     frame.attrs["counts"] = counts | {"images without a candidate, given the whole image as one": empty}
     return frame
