@@ -148,7 +148,7 @@ def page(lab):
         page.screenshot(path=SHOTS / "run.png")
         assert not error.count(), error.first.inner_text()
         assert Path((folder / "done").read_text()).samefile(sys.executable)
-        page.locator(".widget-toggle-buttons").evaluate("element => element.scrollIntoView()")
+        page.locator(PICTURE).evaluate("element => element.scrollIntoView()")
         yield page
         browser.close()
 
@@ -182,6 +182,7 @@ def test_make_lab_opens_the_explorer(lab):
 
 
 def test_a_scene_is_asked_in_words_and_moved_by_sliders(page):
+    page.wait_for_timeout(500)  # for the screenshot only: buttons settle
     page.screenshot(path=SHOTS / "scene.png")
     picture, seconds = page.locator(PICTURE), {}
     assert re.fullmatch(r"CLIP picks \d+, BSAP picks \d+", picture.get_attribute("alt"))
@@ -238,4 +239,4 @@ def test_a_picture_of_ones_own_gets_boxes_by_mouse(page, tmp_path):
     changes(page, lambda: page.get_by_role("button", name="Find candidates").click())
     page.screenshot(path=SHOTS / "candidates.png")
     page.get_by_role("button", name="a scene of the data set").click()
-    assert len(code.splitlines()) == 6 and f"open_picture('{PHOTO.name}', upright=True)" in code
+    assert f"open_picture('{PHOTO.name}', upright=True)" in code

@@ -1,38 +1,66 @@
-"""The explorer: what it computes, what its controls do, and what it says to input that is wrong. test_browser.py clicks."""
+"""The explorer: what it computes, what its controls do, and what it says to input that is wrong. test_browser.py clicks.
+
+The controls are cells of notebook 00: these tests run them as they stand there, without a kernel.
+"""
 
 import datetime
 import io
 import math
 import time
 
+import ipywidgets
+import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.special import logsumexp
 
-from bsap_utils import explore
+from bsap_utils import ROOT, explore
 from bsap_utils.aux_prompts import auxiliary_prompts
 from bsap_utils.datasets import XYWH
 from bsap_utils.evaluation import pick
 from bsap_utils.normalization import METHODS, pool
-from bsap_utils.regions import box_iou, load_candidates
+from bsap_utils.regions import box_iou
 
+BOX = ["x", "y", "width", "height"]
 NOW = datetime.datetime.now(datetime.timezone.utc)
-DATA = {"root": "data/refshapes", "dataset": "refshapes", "split": "val", "limit": 6, "proposals": "detections",
-        "models": ["local-dir:data/clip-refshapes"], "pretrained": ["openai"]}  # fmt: skip
+
+
+def run_notebook(folder, **parameters):
+    """Run the code cells of 00 with other parameters; return their names, and as `displayed` what they display."""
+    few = {"LIMIT": 6, "SCENE": 3, "MODEL": "local-dir:data/clip-refshapes", "OUT_DIR": str(folder)}
+    names, displayed = {}, []
+    for cell in nbformat.read(ROOT / "notebooks/00_explore.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"cell {cell.id}", "exec"), names)
+            names |= few | parameters if "parameters" in cell.metadata.get("tags", []) else {}
+            names["display"] = lambda shown, display_id: displayed.append(shown)
+    names["displayed"] = displayed
+    return names
 
 
 @pytest.fixture(scope="module")
-def explorer(sample, scorer):
-    val = sample.select("val", limit=6)
-    return explore.Explorer(val, load_candidates(val, "detections", "data/refshapes"), scorer, sample)
+def cells(tmp_path_factory):
+    return run_notebook(tmp_path_factory.mktemp("explore"))
 
 
 @pytest.fixture
-def page(explorer):
-    text = explorer.scene(3).expressions["text"].iloc[0]
-    return explore.Controls(explorer, explore.Setting(text), 3, DATA)
+def explorer(cells):
+    return cells["explorer"]
+
+
+@pytest.fixture
+def scorer(cells):
+    return cells["scorer"]
+
+
+@pytest.fixture
+def page(cells):
+    """All widgets by name, in their first state; `layout` binds those that JavaScript binds."""
+    page = cells["controls"](cells["setting"])
+    cells["layout"](page)
+    return page
 
 
 def png(picture, **options):
@@ -46,7 +74,7 @@ def upload(page, content, name="mine.png"):
 
 
 def draw(page, *boxes):
-    page.boxes.bboxes = [dict(zip(explore.BOX, box, strict=True)) | {"label": "candidate"} for box in boxes]
+    page.boxes.bboxes = [dict(zip(BOX, box, strict=True)) | {"label": "candidate"} for box in boxes]
 
 
 def shown(page):
@@ -82,7 +110,7 @@ def test_right_wrong_and_margin(explorer):
     truth = explorer.ds.annotations.loc[asked["ann_id"], XYWH].to_numpy(float)
     overlaps = [box_iou(scene.boxes[number - 1], truth) > 0.5 for number in table["pick"]]
     assert table["right"].tolist() == ["✓" if right else "✗" for right in overlaps]
-    s = explorer.logits([asked["text"]], explore.Setting())[scene.rows, 0]
+    s = explorer.logits(explorer.image, [asked["text"]], explore.Setting())[scene.rows, 0]
     best = s.sort(descending=True).values
     assert table.at["clip", "margin"] == pytest.approx(float(best[0] - best[1]), abs=1e-5)
     unknown = explorer.table(scene, explore.Setting("orange fish in a tree"))
@@ -91,8 +119,13 @@ def test_right_wrong_and_margin(explorer):
 
 def test_the_calibrated_weight_is_least_squares_on_train_expressions(explorer, scorer):
     setting = explore.Setting(bank="generic", temperature=3.0)
-    a = explorer.logits(auxiliary_prompts("generic"), setting).double().numpy()
-    m = explorer.logits(auxiliary_prompts("expressions", explorer.whole), setting).double().numpy().mean(1)
+    a = explorer.logits(explorer.image, auxiliary_prompts("generic"), setting).double().numpy()
+    m = (
+        explorer.logits(explorer.image, auxiliary_prompts("expressions", explorer.whole), setting)
+        .double()
+        .numpy()
+        .mean(1)
+    )
     x = 3.0 * logsumexp(a / 3.0, axis=1)
     for image in explorer.competing.unique().tolist():
         rows = explorer.competing.numpy() == image
@@ -100,11 +133,14 @@ def test_the_calibrated_weight_is_least_squares_on_train_expressions(explorer, s
     assert explorer.calibrated(setting) == pytest.approx((x * m).sum() / (x * x).sum(), rel=1e-4)
 
 
-def test_without_train_expressions_the_weight_is_left_out(explorer, scorer):
-    val = explorer.ds
-    own = explore.Explorer(val, load_candidates(val, "detections", "data/refshapes"), scorer, val)
+def test_without_train_expressions_the_weight_is_left_out(cells, explorer):
+    own = explore.Explorer(explorer.ds, cells["candidates"], explorer.scorer, explorer.ds)
     assert math.isnan(own.calibrated(explore.Setting()))
-    page = explore.Controls(own, explore.Setting("red star"), 1, DATA)
+    cells["explorer"] = own
+    try:
+        page = cells["controls"](explore.Setting("red star"))
+    finally:
+        cells["explorer"] = explorer
     assert not page.message.value and not page.mark.value and "w*" not in page.table.value and page.picture.value
 
 
@@ -147,7 +183,6 @@ def test_next_win_and_next_loss_find_all_of_them_and_go_round(explorer, page):
 @pytest.mark.parametrize("method", ["bsap", "bsap_h", "sinkhorn", "qb_norm"])
 def test_the_lines_to_copy_give_the_same_pick(page, capsys, method):
     page.temperature.value, page.weight.value, page.bank.value, page.method.value = 2.0, 0.35, "leaf, moon, car", method
-    assert len(page.code.value.splitlines()) == 6
     exec(page.code.value, {})
     picks = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
     alt = page.picture.value.split('alt="')[1].split('"')[0]
@@ -182,11 +217,11 @@ def test_candidates_are_found(page):
     upload(page, png(picture))
     assert "Draw boxes" in page.message.value
     page.find.click()
-    found = np.array([page.boxes.bboxes[0][side] for side in explore.BOX])
+    found = np.array([page.boxes.bboxes[0][side] for side in BOX])
     assert box_iou(found, np.array([20.0, 15, 30, 30])) > 0.8 and "alert" not in page.message.value
     upload(page, png(Image.new("RGB", (50, 40), "gray")))
     page.find.click()
-    assert [[box[side] for side in explore.BOX] for box in page.boxes.bboxes] == [[0, 0, 50, 40]]
+    assert [[box[side] for side in BOX] for box in page.boxes.bboxes] == [[0, 0, 50, 40]]
 
 
 @pytest.mark.parametrize(
@@ -220,12 +255,12 @@ def test_labels_of_widgets_say_what_they_are(page):
         assert widget.description and widget.tooltip, name
 
 
-def test_no_front_end_no_widgets(explorer, monkeypatch):
-    seen = []
-    monkeypatch.setattr(explore, "display", lambda *objects, **_: seen.extend(objects))
-    monkeypatch.setattr(explore, "Controls", None)
-    explore.show(explorer, explore.Setting(), 2, **DATA)
-    assert seen[0].data.startswith(b"\x89PNG") and "CLIP" in seen[1].to_html()
+def test_without_a_person_there_are_picture_and_table_and_no_widget(tmp_path, monkeypatch):
+    """As in papermill: what a widget sends would be kept with the outputs."""
+    monkeypatch.setattr(ipywidgets.Widget, "open", None)
+    picture, table = run_notebook(tmp_path, EXPRESSION="red star", SPLIT="test")["displayed"]
+    assert picture.data.startswith(b"\x89PNG") and "CLIP" in table.to_html()
+    assert (tmp_path / "fig_explore.png").is_file()
 
 
 def test_a_change_takes_little(page):
