@@ -16,15 +16,13 @@ pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mea
     nnn              mean of the 128 largest     3/4  Chowdhury et al. 2024
     csls             mean of the 10 largest      1/2  Conneau et al. 2018, halved; its term of the text cancels
     db_norm          pools of texts and images   1    Wang et al. 2023 (DualIS): still one number a region
-    sinkhorn         pool of a − potentials      1    Pan et al. 2025 (DBSN): a bank reweighted until its prompts are
-                                                      used alike by all candidates; its first half-iteration is bsap
+    sinkhorn         pool of a − potentials      1    Pan et al. 2025 (DBSN); its first half-iteration is bsap
     bsap_zscore      mean, then / deviation           ours; as mutual proximity's one-sided form under normal tails
     bsap_minmax      minimum, then / range            ours
     bsap_h           w · softmax over the candidates + (1 − w) · BSAP: arXiv 2402.18400; needs the query, so no shift
 
-Label priors, Frolic and prompt weighting are one number a text: they cannot change a ranking of regions. Local scaling
-is a multiplicative csls. GR-CLIP needs features: `centred`. A bank for each image: entries of −inf in `a` are left out
-(at finite T up to a constant of the image). Float64 inside; a temperature is in 1e-6 … 1e6 or ∞, else a ValueError.
+Label priors, Frolic and prompt weighting are one number a text: they cannot change a ranking of regions. GR-CLIP needs
+features: `centred`. Float64 inside; a temperature is in 1e-6 … 1e6 or ∞, else a ValueError.
 """
 
 import math
@@ -50,10 +48,9 @@ def pool(a: Tensor, temperature: float = 1.0) -> Tensor:
     return _pool(a.double(), temperature)
 
 
-def _pool(a: Tensor, temperature: float) -> Tensor:
+def _pool(a: Tensor, temperature: float = 1.0) -> Tensor:
     if temperature == math.inf:
-        kept = a > -math.inf
-        return a.where(kept, 0).sum(1) / kept.sum(1)
+        return a.mean(1)
     if not 1e-6 <= temperature <= 1e6:
         raise ValueError(f"temperature is {temperature}: it must lie between 1e-6 and 1e6, or be inf for the mean.")
     top = a.amax(1, keepdim=True)
@@ -102,20 +99,17 @@ def calibrated_weight(pooled: Tensor, mean_logit: Tensor, image: Tensor) -> floa
     return float(x @ y / (x @ x)) if x.abs().max() > 1e-9 else 0.0
 
 
-def shift_and_scale(a: Tensor, name: str = "bsap", **options: Any) -> tuple[Tensor, Tensor]:
-    """Return shift and scale of each region, [C, M] -> [C], [C] float64: METHODS[name] is (s − shift) / scale.
+def shift_and_scale(a: Tensor, name: str = "bsap", dtype: Any = torch.float64, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return shift and scale of each region, [C, M] -> [C], [C]: METHODS[name] is (s − shift) / scale.
 
     So a correction fits into an index of vectors. `options` are those of METHODS[name]. Raises ValueError for "bsap_h"
     and "tas", which need the queries.
     """
-    return _shift_and_scale(a.double(), name, options)
-
-
-def _shift_and_scale(a: Tensor, name: str, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if name not in _CORRECTIONS:
         raise ValueError(f"{name!r} is not a shift and a scale of each region; {', '.join(_CORRECTIONS)} are.")
-    result = _CORRECTIONS[name](a, **options)
-    return result if isinstance(result, tuple) else (result, torch.ones_like(result))
+    result = _CORRECTIONS[name](a.to(dtype), **options)
+    shift, scale = result if isinstance(result, tuple) else (result, torch.ones_like(result))
+    return shift, scale.where(scale > 2e-5, 1)  # logits that differ by rounding only: such a region is just shifted
 
 
 @torch.no_grad()
@@ -124,8 +118,10 @@ def shift_and_scale_from_features(
 ) -> tuple[Tensor, Tensor]:
     """Return `shift_and_scale` of unit features, [C, D] and [M, D] -> [C], [C], holding about `block` logits at a time.
 
-    For methods of one region and "sinkhorn" (a pass an iteration); not "db_norm" and "bsap_calibrated" (a weight · "bsap").
+    "sinkhorn" passes over them once an iteration; "db_norm" and "bsap_calibrated", with options about all regions, hold all.
     """
+    if name in ("db_norm", "bsap_calibrated"):
+        return shift_and_scale(logit_scale * features @ aux_features.T, name, **options)
     parts = features.split(max(block // len(aux_features), 64))
     bank, offset = logit_scale * aux_features.T, features.new_zeros(len(aux_features))
     if name == "sinkhorn":
@@ -133,14 +129,14 @@ def shift_and_scale_from_features(
         name, options = "bsap", {"temperature": options.get("temperature", 1.0)}
     result = torch.empty(2, len(features), dtype=torch.float64, device=features.device)  # pieces would fragment memory
     for part, values in zip(parts, result.split(len(parts[0]), 1), strict=True):
-        values[0], values[1] = _shift_and_scale(torch.addmm(offset, part, bank), name, options)
+        values[0], values[1] = shift_and_scale(torch.addmm(offset, part, bank), name, features.dtype, **options)
     return result[0], result[1]
 
 
 def prompt_potentials(blocks: Callable[[], Iterable[Tensor]], temperature: float = 1.0, iterations: int = 10) -> Tensor:
     """Return Sinkhorn's potential of each prompt, [M], from the rows of `a` [C, M], which `blocks()` yields some at a time.
 
-    A candidate's shift is pool_T(a − potentials), of its own row: it can be added to an index later. T is finite.
+    With pool_T(a − potentials) off each candidate, all use all prompts alike. T is finite.
     """
     potentials = torch.zeros(())
     for _ in range(iterations - 1):
@@ -161,14 +157,6 @@ def qb_norm_dynamic(scores: Tensor, a: Tensor, temperature: float = 5.0) -> Tens
     return scores - pool(a, temperature)[:, None] * corrected
 
 
-def _nearest(a: Tensor, k: int, weight: float) -> Tensor:
-    return weight * _pool(a.topk(min(k, a.shape[1])).values, math.inf)
-
-
-def _or_one(spread: Tensor) -> Tensor:
-    return spread.where(spread > 2e-5, 1)  # logits that differ by rounding only: such a region is just shifted
-
-
 def _dual(a: Tensor, image_logits: Tensor, temperature: float = 199.0, image_temperature: float = 100 / 3) -> Tensor:
     """T = scale / β: the authors' β₁ = 1/1.99 and β₂ = 3, at CLIP's scale of 100 (that of `image_logits` [C, K] too)."""
     texts, images = _pool(a, temperature), pool(image_logits, image_temperature)
@@ -177,20 +165,18 @@ def _dual(a: Tensor, image_logits: Tensor, temperature: float = 199.0, image_tem
 
 _CORRECTIONS: dict[str, Callable[..., Any]] = {
     "clip": lambda a: a.new_zeros(len(a)),
-    "bsap": lambda a, temperature=1.0: _pool(a, temperature),
-    "bsap_minmax": lambda a: (a.amin(1), _or_one(a.amax(1) - a.amin(1))),
-    "bsap_zscore": lambda a: (a.mean(1), _or_one(a.std(1, correction=0))),
-    "subtraction": lambda a, weight=1.0: weight * _pool(a, math.inf),
-    "dn": lambda a, weight=0.5: weight * _pool(a, math.inf),
-    "nnn": lambda a, k=128, weight=0.75: _nearest(a, k, weight),
-    "csls": lambda a, k=10, weight=0.5: _nearest(a, k, weight),
+    "bsap": _pool,
+    "bsap_minmax": lambda a: (a.amin(1), a.amax(1) - a.amin(1)),
+    "bsap_zscore": lambda a: (a.mean(1), a.std(1, correction=0)),
+    "subtraction": lambda a, weight=1.0: weight * a.mean(1),
+    "dn": lambda a, weight=0.5: weight * a.mean(1),
+    "nnn": lambda a, k=128, weight=0.75: weight * a.topk(min(k, a.shape[1])).values.mean(1),
+    "csls": lambda a, k=10, weight=0.5: weight * a.topk(min(k, a.shape[1])).values.mean(1),
     "qb_norm": lambda a, temperature=5.0: _pool(a, temperature),  # the source's β = 20 at CLIP's scale of 100
     "bsap_calibrated": lambda a, mean_logit, image, temperature=1.0: (
         calibrated_weight(pooled := _pool(a, temperature), mean_logit, image) * pooled
     ),
-    "sinkhorn": lambda a, temperature=1.0, iterations=10: _pool(
-        a - prompt_potentials(lambda: [a], temperature, iterations), temperature
-    ),
+    "sinkhorn": lambda a, **how: _pool(a - prompt_potentials(lambda: [a], **how), how.get("temperature", 1.0)),
     "db_norm": _dual,
 }
 

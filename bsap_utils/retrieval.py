@@ -4,8 +4,6 @@ METHODS give an image f the score (τ · f·g − shift) / scale for a text g: t
 with [τ·g, 1]. So any FAISS index of inner products ranks as the method does.
 """
 
-from __future__ import annotations
-
 import re
 import zipfile
 from dataclasses import dataclass
@@ -17,12 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets import write_file
-from .normalization import shift_and_scale, shift_and_scale_from_features
-
-
-class IndexFileError(RuntimeError):
-    """A saved index that is missing, damaged, or not what its settings say."""
+from .datasets import reading, write_file
+from .normalization import shift_and_scale_from_features
 
 
 @dataclass
@@ -37,17 +31,17 @@ class BalancedIndex:
 
     index: Any
     aux_features: Tensor
-    settings: dict[str, Any]  # also `units` of f / scale and of the bias, less `centre`, as stored; `largest` norm
+    settings: dict[str, Any]  # of build; `units` of f / scale and of the bias, less `centre`, as stored; `largest` norm
 
     @classmethod
     def build(cls, image_features: Tensor, aux_features: Tensor, logit_scale: float, method: str = "bsap",
-              factory: str = "Flat", **options: Any) -> BalancedIndex:  # fmt: skip
+              factory: str = "Flat", **options: Any) -> "BalancedIndex":  # fmt: skip
         """Return an index of images [N, D] that ranks as METHODS[`method`] with the bank [M, D]; ids are row numbers.
 
         `logit_scale` has its exp taken, `options` are the method's, `factory` is FAISS's string; "Flat" is exact. ValueError
         on what does not fit, on NaN, and on factories that rescale, centre or cut vectors, since that changes ranks.
         """
-        aux, _ = _matrix(aux_features, "aux_features"), _matrix(torch.tensor([[logit_scale]]), "logit_scale")
+        aux = _matrix(aux_features, "aux_features")
         index = faiss.index_factory(*_layout(factory, aux.shape[1]), faiss.METRIC_INNER_PRODUCT)
         settings = {"method": method, "logit_scale": float(logit_scale), "factory": factory, "options": options}
         balanced = cls(index, aux, settings | {"units": (1.0, 1.0), "centre": 0.0, "largest": 0.0})
@@ -57,18 +51,15 @@ class BalancedIndex:
     def add(self, image_features: Tensor) -> None:
         """Add images [N, D]; ids go on from the last. ValueError where a shift depends on the whole gallery."""
         images, own = _matrix(image_features, "image_features", self.aux_features.shape[1]), self.settings
-        method, options, first = own["method"], own["options"], not self.index.ntotal
-        if method in ("sinkhorn", "bsap_calibrated", "db_norm") and not first:
-            raise ValueError(f"{method} depends on the whole gallery: build an index of all images anew.")
-        if method in ("bsap_calibrated", "db_norm"):
-            shift, scale = shift_and_scale(own["logit_scale"] * images @ self.aux_features.T, method, **options)
-        else:
-            given = images, self.aux_features, own["logit_scale"]
-            shift, scale = shift_and_scale_from_features(*given, method, **options)
+        if own["method"] in ("sinkhorn", "bsap_calibrated", "db_norm") and self.index.ntotal:
+            raise ValueError(f"{own['method']} depends on the whole gallery: build an index of all images anew.")
+        given = images, self.aux_features, own["logit_scale"], own["method"]
+        shift, scale = shift_and_scale_from_features(*given, **own["options"])
         bias, sample = -shift / scale, torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: 2**18]
-        if first and len(bias) > 1 and bias.std() > 0:
+        if not self.index.ntotal and len(images):
             # a bias as spread as another coordinate coarsens the cells of IVF; a quarter is as good as less (benchmark)
-            sizes = (images[sample] / scale[sample, None]).norm(dim=1).mean(), 4 * bias.std() * images.shape[1] ** 0.5
+            spread = (4 * bias.std(correction=0) * images.shape[1] ** 0.5).clamp(min=1e-3)
+            sizes = (images[sample] / scale[sample, None]).norm(dim=1).mean(), spread
             own["units"] = tuple(float(size.log2().round().exp2()) for size in sizes)  # powers of 2 round nothing
             own["centre"] = float(bias.mean().round())
         for rows in [sample] * (not self.index.is_trained) + list(torch.arange(len(images)).split(2**16)):
@@ -85,13 +76,13 @@ class BalancedIndex:
         may find fewer: id −1. ValueError on NaN or infinite texts, k < 1 and an empty index.
         """
         texts, count = _matrix(text_features, "text_features", self.aux_features.shape[1]), self.index.ntotal
-        if k < 1 or k != int(k) or not count:
-            raise ValueError(f"k is {k}, of {count} images: a whole number from 1 on, and an image, are needed.")
+        if k < 1 or not count:
+            raise ValueError(f"k is {k}, of {count} images: at least one of each is needed.")
         queries, k = np.zeros((len(texts), self.index.d)), min(int(k), count)
         unit, queries[:, texts.shape[1]] = self.settings["units"]
         queries[:, : texts.shape[1]] = texts.double() * (self.settings["logit_scale"] * unit)
-        rows = 2**22 // ((2 * k + 16) * self.index.d) + 1
-        found = [self._nearest(queries[i : i + rows], k, 2 * k + 16) for i in range(0, max(len(texts), 1), rows)]
+        parts = np.array_split(queries, queries.size * (2 * k + 16) // 2**22 + 1)  # bounded memory
+        found = [self._nearest(part, k, 2 * k + 16) for part in parts]
         scores, ids = (torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
         return scores, ids
 
@@ -114,28 +105,18 @@ class BalancedIndex:
 
     def save(self, path: Path | str) -> None:
         """Write index, bank and settings to one file, whole or not at all."""
-        index = torch.from_numpy(faiss.serialize_index(self.index))
-        content = vars(self) | {"index": index, "count": self.index.ntotal}
+        content = vars(self) | {"index": torch.from_numpy(faiss.serialize_index(self.index))}
         write_file(path, lambda part: torch.save(content, part))
 
     @classmethod
-    def load(cls, path: Path | str) -> BalancedIndex:
-        """Return a saved index. IndexFileError where the file is missing, damaged, or not what its settings say."""
-        try:
+    def load(cls, path: Path | str) -> "BalancedIndex":
+        """Return a saved index. DatasetError where the file is missing or damaged."""
+        with reading(path, "an index that was saved whole, or build it anew"):
             if damaged := zipfile.ZipFile(path).testzip():
                 raise ValueError(f"its part {damaged} is not as it was written")
             content = torch.load(path, weights_only=True)
-            index, aux = faiss.deserialize_index(content["index"].numpy()), _matrix(content["aux_features"], "the bank")
-            factory = content["settings"]["factory"]
-            wanted = (faiss.METRIC_INNER_PRODUCT, _layout(factory, aux.shape[1])[0], content["count"])
-            if (index.metric_type, index.d, index.ntotal) != wanted:
-                raise ValueError("its metric, dimension or count is not what its settings say")
-            for start in range(0, index.ntotal if factory == "Flat" else 0, 2**16):
-                _matrix(index.reconstruct_n(start, min(2**16, index.ntotal - start)), "the index")
-            return cls(index, aux, content["settings"])
-        except Exception as error:  # a damaged file raises nearly anything
-            why = error if isinstance(error, ValueError) else type(error).__name__
-            raise IndexFileError(f"{path} cannot be used ({why}): build it anew and save it.") from error
+            index = faiss.deserialize_index(content["index"].numpy())
+            return cls(index, content["aux_features"], content["settings"])
 
 
 def _layout(factory: str, dimension: int) -> tuple[int, str]:
@@ -151,6 +132,5 @@ def _matrix(features: Tensor | np.ndarray, name: str, dimension: int | None = No
     """Return features as a float32 matrix on the CPU. ValueError on another shape, NaN or infinite values."""
     tensor = torch.as_tensor(features).detach().to("cpu", torch.float32)
     if tensor.ndim != 2 or dimension not in (None, tensor.shape[1]) or not tensor.sum(dtype=torch.float64).isfinite():
-        wanted = f"[rows, {dimension or 'dimensions'}] without NaN or inf"
-        raise ValueError(f"{name} {list(tensor.shape)}: {wanted} is needed.")
+        raise ValueError(f"{name} {list(tensor.shape)}: [rows, {dimension or 'D'}] without NaN or inf is needed.")
     return tensor

@@ -7,7 +7,7 @@ import pandas as pd
 def _sums(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Add up rows [N, K] by cluster: a resample's sums are those of its clusters."""
     codes, _ = pd.factorize(np.asarray(clusters))
-    return np.stack([np.bincount(codes, column) for column in values.T], 1)
+    return np.stack([np.bincount(codes, column) for column in np.asarray(values).T], 1)
 
 
 def _blocks(draws: int, clusters: int) -> list[int]:

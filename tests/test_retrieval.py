@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from bsap_utils.datasets import DatasetError
 from bsap_utils.normalization import METHODS, pool, shift_and_scale
-from bsap_utils.retrieval import BalancedIndex, IndexFileError
+from bsap_utils.retrieval import BalancedIndex
 
 FOLDED = [name for name in METHODS if name not in ("bsap_h", "tas", "bsap_calibrated", "db_norm")]
 IMAGES, TEXTS, TOP = 5_000, 100, 50
@@ -211,14 +212,12 @@ def test_what_does_not_fit_is_refused_and_named(vectors):
         (lambda: BalancedIndex.build(images[0], aux, 100.0), r"image_features \[64\]"),
         (lambda: BalancedIndex.build(broken, aux, 100.0), "image_features.*NaN"),
         (lambda: BalancedIndex.build(images, broken, 100.0), "aux_features.*NaN"),
-        (lambda: BalancedIndex.build(images, aux, float("nan")), "logit_scale.*NaN"),
         (lambda: BalancedIndex.build(images, aux, 100.0, method="softmax"), "'softmax'.*bsap"),
         (lambda: BalancedIndex.build(images, aux, 100.0, temperature=0.0), "temperature is 0"),
         (lambda: balanced.search(texts[:, :3], 5), r"text_features \[50, 3\].*64"),
         (lambda: balanced.search(broken, 5), "text_features.*NaN"),
         (lambda: balanced.search(infinite, 5), "text_features.*NaN or inf"),
         (lambda: balanced.search(texts, 0), "k is 0"),
-        (lambda: balanced.search(texts, 2.5), "k is 2.5"),
         (lambda: BalancedIndex.build(images[:0], aux, 100.0).search(texts, 1), "of 0 images"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -263,46 +262,6 @@ def saved(vectors, tmp_path):
     return tmp_path / "gallery.index"
 
 
-def rewritten(path, change):
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
-
-
-def serialized(index):
-    return torch.from_numpy(faiss.serialize_index(index))
-
-
-def other_metric(content):
-    index = faiss.IndexFlatL2(65)
-    index.add(np.zeros((50, 65), np.float32))
-    content["index"] = serialized(index)
-
-
-def other_count(content):
-    content["count"] = 51
-
-
-def other_dimension(content):
-    content["aux_features"] = content["aux_features"][:, :60].clone()
-
-
-def not_a_number(content):
-    index = faiss.deserialize_index(content["index"].numpy())
-    vectors = index.reconstruct_n(0, 50)
-    vectors[7, 3] = np.nan
-    index.reset()
-    index.add(vectors)
-    content["index"] = serialized(index)
-
-
-@pytest.mark.parametrize("change", [other_metric, other_count, other_dimension, not_a_number])
-def test_an_index_that_is_not_what_its_settings_say_is_refused(saved, change):
-    rewritten(saved, change)
-    with pytest.raises(IndexFileError, match="gallery.index cannot be used.*anew"):
-        BalancedIndex.load(saved)
-
-
 @pytest.mark.parametrize("how", ["empty", "cut", "text", "bit", "gone", "another archive", "pickle that calls"])
 def test_a_damaged_file_is_reported_with_its_name_and_a_remedy(saved, how):
     content = bytearray(saved.read_bytes())
@@ -316,7 +275,7 @@ def test_a_damaged_file_is_reported_with_its_name_and_a_remedy(saved, how):
         torch.save({"index": SimpleNamespace}, saved)
     else:
         saved.write_bytes({"empty": b"", "cut": bytes(content[:500]), "text": b"{}", "bit": bytes(content)}[how])
-    with pytest.raises(IndexFileError, match="gallery.index cannot be used.*anew"):
+    with pytest.raises(DatasetError, match="(?s)gallery.index cannot be read.*anew"):
         BalancedIndex.load(saved)
 
 
