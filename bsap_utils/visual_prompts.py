@@ -18,8 +18,6 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 VisualPrompt = Callable[..., Tensor | list[Tensor]]
-Change = Callable[[Tensor], Tensor]
-Size = int | tuple[int, int]  # a square's side, or height and width
 CLIP_MEAN = (123, 117, 104)  # the pixel that CLIP's normalization makes 0: nothing to see
 LINE = 2 / 384  # thickness of circle and contour, as a share of the image's shorter side, as in FGVP's rerun
 AT_ONCE = 2**27  # bytes of an image's views that exist at a time, before they are squashed
@@ -39,10 +37,9 @@ def gaussian_blur(image: Tensor, sigma: float = 100.0) -> Tensor:
     PIL takes three box blurs, each of which repeats the edge pixel that it finds. A wide blur is worked out at six points
     to a σ and interpolated, within 1 grey level of PIL at σ = 100.
     """
-    height, width = image.shape[-2:]
-    down, across = (_blur_matrix(length, sigma, image.device) for length in (height, width))
+    down, across = (_blur_matrix(length, sigma, image.device) for length in image.shape[-2:])
     small = down @ (image.float() @ across.T)
-    blurred = functional.interpolate(small[None], (height, width), mode="bilinear", align_corners=True)[0]
+    blurred = functional.interpolate(small[None], image.shape[-2:], mode="bilinear", align_corners=True)[0]
     return blurred.round_().clamp_(0, 255).byte()
 
 
@@ -64,10 +61,9 @@ def _box_matrix(centres: Tensor, length: int, box: float) -> Tensor:
     beyond = math.ceil(box / 2)
     distance = (torch.arange(-beyond, length + beyond) - centres[:, None]).abs()
     weights = ((box + 1) / 2 - distance).clamp(0, 1)
-    weights /= weights.sum(1, keepdim=True)
-    matrix = weights[:, beyond : beyond + length].clone()
-    matrix[:, 0] += weights[:, :beyond].sum(1)
-    matrix[:, -1] += weights[:, beyond + length :].sum(1)
+    before, matrix, after = (weights / weights.sum(1, keepdim=True)).split([beyond, length, beyond], dim=1)
+    matrix[:, 0] += before.sum(1)
+    matrix[:, -1] += after.sum(1)
     return matrix
 
 
@@ -104,9 +100,8 @@ def mask_line(image: Tensor, boxes: Tensor, masks: Tensor, thickness: float = LI
     inside = masks.float()
     reach = max(1, round(thickness * min(image.shape[-2:]) / 2))
     outside = functional.pad(1 - inside, [reach] * 4, value=1.0)  # a line where the image ends too
-    eroded = functional.max_pool2d(outside, 2 * reach + 1, stride=1) == 0
     dilated = functional.max_pool2d(inside, 2 * reach + 1, stride=1, padding=reach) > 0
-    return dilated & ~eroded
+    return dilated & (functional.max_pool2d(outside, 2 * reach + 1, stride=1) > 0)  # what erosion takes away
 
 
 def tint(image: Tensor) -> Tensor:
@@ -114,7 +109,7 @@ def tint(image: Tensor) -> Tensor:
     return (image + 127 / 255 * (_pixel((240, 0, 30), image) - image.float())).round().byte()
 
 
-def whole(region: Callable[..., Tensor], inside: Change | None = None, outside: Change | None = None) -> VisualPrompt:
+def whole(region: Callable, inside: Callable | None = None, outside: Callable | None = None) -> VisualPrompt:
     """Return the prompt that shows the whole image, changed inside or outside of a region."""
 
     def prompt(image: Tensor, boxes: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -140,7 +135,7 @@ red, gray = partial(_pixel, (255, 0, 0)), partial(transforms.rgb_to_grayscale, n
 # The codes are those of FGVP (Yang et al., NeurIPS 2023): P crop, B box, C circle, D mask; 1 line, 2 colour inside,
 # 3 grey outside, 4 blur outside (σ = 100 pixels). Its circles touch the box's sides; C3 and C4 have no line.
 VISUAL_PROMPTS: dict[str, VisualPrompt] = {
-    "crop": lambda image, boxes, masks: crop(image, boxes),  # P (ReCLIP, Subramanian et al. 2022)
+    "crop": crop,  # P (ReCLIP, Subramanian et al. 2022)
     "shade": whole(box_masks, inside=tint),  # B2 (CPT, Yao et al. 2021); the text then is "{} is in red color."
     "blur": whole(box_masks, outside=gaussian_blur),  # B4 (ReCLIP)
     "circle": whole(ellipse_line, inside=red),  # C1 (Red Circle, Shtedritski et al. 2023)
@@ -164,12 +159,11 @@ def patch_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
     return coverage >= coverage.amax(1, keepdim=True) / 2
 
 
-def squash(images: Tensor | list[Tensor], size: Size, interpolation: str = "bicubic") -> Tensor:
-    """Resize [..., 3, H, W] uint8, or a list of such, to a square (or height, width), antialiased, whatever the shape."""
+def squash(images: Tensor | list[Tensor], size: Sequence[int], interpolation: str = "bicubic") -> Tensor:
+    """Resize [..., 3, H, W] uint8, or a list of such, to `size` (height, width), antialiased, whatever the shape."""
     if isinstance(images, list):
         return torch.stack([squash(image, size, interpolation) for image in images])
-    shape = [size, size] if isinstance(size, int) else list(size)
-    return transforms.resize(images, shape, InterpolationMode(interpolation), antialias=True)
+    return transforms.resize(images, list(size), InterpolationMode(interpolation), antialias=True)
 
 
 def resampling_weights(lengths: Tensor, size: int, longest: int, interpolation: str = "bicubic") -> Tensor:
@@ -187,9 +181,8 @@ def resampling_weights(lengths: Tensor, size: int, longest: int, interpolation: 
     return weights / weights.sum(-1, keepdim=True)
 
 
-def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str = "bicubic") -> Tensor:
+def squash_together(views: Tensor | list[Tensor], size: Sequence[int], interpolation: str = "bicubic") -> Tensor:
     """Do what `squash` does to views [3, h, w] of any sizes, in two matrix products: a GPU would wait for a resize a crop."""
-    shape = (size, size) if isinstance(size, int) else size
     if isinstance(views, Tensor):
         sizes, padded = torch.tensor([views.shape[-2:]]), views.float()
     else:
@@ -198,36 +191,23 @@ def squash_together(views: Tensor | list[Tensor], size: Size, interpolation: str
         for place, view in zip(padded, views, strict=True):
             place[:, : view.shape[1], : view.shape[2]] = view
     sizes = sizes.to(padded.device, non_blocking=True)
-    weights = (resampling_weights(sizes[:, i], shape[i], padded.shape[2 + i], interpolation) for i in (0, 1))
+    weights = (resampling_weights(sizes[:, i], size[i], padded.shape[2 + i], interpolation) for i in (0, 1))
     rows, columns = (matrix[:, None] for matrix in weights)
     across = (padded @ columns.mT).round_().clamp_(0, 255)  # PIL too holds whole grey levels between the two passes
     return (rows @ across).round_().clamp_(0, 255).byte()
 
 
 def show_regions(
-    image: Tensor, boxes: Tensor, names: Sequence[str], size: Size, masks: Tensor | None = None, kind: str = "bicubic"
+    image: Tensor, boxes: Tensor, name: str, size: Sequence[int], masks: Tensor | None = None, kind: str = "bicubic"
 ) -> Tensor:
-    """Return the views of N regions of one image under V visual prompts: [V, N, 3, size, size] uint8.
+    """Return the views of N regions of one image under a visual prompt: [N, 3, *size] uint8.
 
     `image` [3, H, W] uint8 on any device, `boxes` [N, 4] xywh in pixels on the CPU, `masks` [N, H, W] bool on the image's
-    device for the prompts of MASK_PROMPTS, `kind` of interpolation. Raises ValueError.
+    device for the prompts of MASK_PROMPTS, `kind` of interpolation. KeyError for a prompt that is not in VISUAL_PROMPTS.
     """
-    check_prompts(names)
-    wanted = [len(boxes), *image.shape[1:]]
-    if MASK_PROMPTS.intersection(names) and (masks is None or list(masks.shape) != wanted):
-        raise ValueError(f"The visual prompts {list(names)} need masks {wanted} of bool.")
+    resize = squash if image.device.type == "cpu" else squash_together
     step = max(1, AT_ONCE // image.numel())
     parts = [slice(start, start + step) for start in range(0, len(boxes), step)]
-
-    def shown(name: str, part: slice) -> Tensor:
-        views = VISUAL_PROMPTS[name](image, boxes[part], None if masks is None else masks[part])
-        return (squash if image.device.type == "cpu" else squash_together)(views, size, kind)
-
-    return torch.stack([torch.cat([shown(name, part) for part in parts]) for name in names])
-
-
-def check_prompts(names: Sequence[str]) -> None:
-    """Raise ValueError for no visual prompt, or one that is not in VISUAL_PROMPTS."""
-    unknown = [name for name in names if name not in VISUAL_PROMPTS]
-    if unknown or not len(names):
-        raise ValueError(f"Unknown visual prompt {unknown}; there are: {', '.join(VISUAL_PROMPTS)}.")
+    own = masks if name in MASK_PROMPTS else None
+    shown = (VISUAL_PROMPTS[name](image, boxes[part], own if own is None else own[part]) for part in parts)
+    return torch.cat([resize(views, size, kind) for views in shown])

@@ -3,14 +3,12 @@
 import http.server
 import json
 import os
-import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bsap_utils import ROOT, scoring
+from bsap_utils import scoring
 from bsap_utils.normalization import METHODS
 from bsap_utils.regions import ground_truth, pair_up
 from bsap_utils.scoring import ClipScorer, ModelError
@@ -152,8 +150,12 @@ def test_preprocessing_is_the_models_own(interpolation, tmp_path):
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
     [
-        ("ViT-B-33", "openai", "ViT-B-33 openai are not on this machine; give one of open_clip's .*ViT-B-32 openai"),
-        ("ViT-B-32", "laion2b", "ViT-B-32 laion2b are not.*ViT-B-32 laion2b_.*a checkpoint's path, or a folder with"),
+        ("ViT-B-33", "openai", "ViT-B-33 openai are not on this machine: give one of open_clip.list_pretrained"),
+        (
+            "ViT-B-32",
+            "laion2b",
+            "ViT-B-32 laion2b are not.*a checkpoint's path, or a folder with.*'local-dir:data/clip",
+        ),
         ("ViT-B-32", "", "ViT-B-32  are not on this machine"),
         ("ViT-B-32", "checkpoints/mine.pt", "mine.pt are not on this machine.*a checkpoint's path"),
         ("local-dir:nowhere", "", "nowhere.*"),
@@ -165,18 +167,16 @@ def test_errors_name_what_is_wrong_and_what_to_do(model, pretrained, message):
             function(model, pretrained)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:99", "cuda:x", "mps"])
-def test_a_device_that_is_not_here(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ModelError, match=f"device='{device}' is not here .*: use auto, or cpu"):
+@pytest.mark.parametrize(("device", "message"), [("gpu", "at start of device string: gpu"), ("cuda:x", "cuda:x")])
+def test_a_device_that_there_is_not_is_named_by_torch(device, message):
+    with pytest.raises(RuntimeError, match=message):
         scoring.pick_device(device)
 
 
 def test_devices_and_precisions():
     assert scoring.pick_device("cpu").type == "cpu" and scoring.pick_device().type in ("cuda", "mps", "cpu")
     assert ClipScorer(scoring.SAMPLE_MODEL, device="cpu").precision == "fp32"
-    with pytest.raises(ModelError, match="'fp23' is unknown: use auto, fp32, bf16, fp16"):
+    with pytest.raises(KeyError, match="fp23"):
         ClipScorer(scoring.SAMPLE_MODEL, device="cpu", precision="fp23")
 
 
@@ -204,40 +204,24 @@ def test_a_checkpoint_file(plain, tmp_path):
 
 
 def test_a_folder_without_weights_and_damaged_weights(save_clip):
-    with pytest.raises(ModelError, match="local-dir:.*Required pretrained weights .*could not be loaded"):
+    with pytest.raises(ModelError, match="local-dir:.*could not be loaded: Required pretrained weights"):
         ClipScorer(f"local-dir:{save_clip(weights=False)}", device="cpu")
     folder = save_clip()
     weights = folder / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="could not be loaded.*whole"):
+    with pytest.raises(ModelError, match="could not be loaded: .*header"):
         ClipScorer(f"local-dir:{folder}", device="cpu")
 
 
-@pytest.mark.filterwarnings("ignore")  # PyTorch's about tracing
-def test_a_torchscript_archive_says_what_it_is_and_the_advice_works(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    quick = open_clip.create_model(SMALL, force_quick_gelu=True).eval()
-    causal = quick.attn_mask
-    del quick.attn_mask  # a buffer, which OpenAI's archives do not have
-    quick.attn_mask = causal
-    inputs = torch.zeros(1, 3, *quick.visual.image_size), torch.zeros(1, quick.context_length, dtype=torch.long)
-    torch.jit.trace(quick, inputs, check_trace=False, strict=False).save("openai.pt")
-    with pytest.raises(ModelError, match="TorchScript archive") as caught:
-        ClipScorer(SMALL, "openai.pt", device="cpu")
-    (advice,) = re.findall(r"(torch\.save\(.*'NEW.pt'\))", str(caught.value))
-    exec(advice, {"torch": torch, "open_clip": open_clip, "PATH": "openai.pt"})
-    assert torch.allclose(torch.load("NEW.pt")["visual.conv1.weight"], quick.visual.conv1.weight, atol=1e-4)
+def test_a_checkpoint_that_holds_more_than_weights_is_not_run(plain, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was here",))
 
-
-def test_a_checkpoint_with_numpy_scalars_says_what_it_is_and_the_advice_works(plain, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"epoch": np.float64(3.0), "state_dict": plain.state_dict()}, "epoch_3.pt")
-    with pytest.raises(ModelError, match="objects .of NumPy") as caught:
-        ClipScorer(SMALL, "epoch_3.pt", device="cpu")
-    (advice,) = re.findall(r"(torch\.save\(.*'NEW.pt'\))", str(caught.value))
-    exec(advice, {"torch": torch, "open_clip": open_clip, "PATH": "epoch_3.pt"})
-    assert torch.equal(ClipScorer(SMALL, "NEW.pt", device="cpu").model.visual.conv1.weight, plain.visual.conv1.weight)
+    torch.save({"epoch": Evil(), "state_dict": plain.state_dict()}, tmp_path / "mine.pt")
+    with pytest.raises(ModelError, match="could not be loaded: Weights only load failed"):
+        ClipScorer(SMALL, str(tmp_path / "mine.pt"), device="cpu")
+    assert not (tmp_path / "was here").exists()
 
 
 @pytest.fixture
@@ -254,24 +238,26 @@ def with_twin(tmp_path, monkeypatch, save_clip):
     return {key: value.contiguous() for key, value in open_clip.create_model("tiny-quickgelu").state_dict().items()}
 
 
-@pytest.mark.parametrize("mark", ["half", "halves", "name", "cache", "keys"])
+@pytest.mark.parametrize("mark", ["half", "halves", "name"])
 def test_openais_weights_in_a_file_are_never_computed_with_plain_gelu(mark, with_twin, tmp_path):
-    state, file = with_twin, tmp_path / "weights.safetensors"
+    state, file = with_twin, tmp_path / ("vitb32-OpenAI.safetensors" if mark == "name" else "weights.safetensors")
     if mark.startswith("hal"):
         state = {key: value.half() for key, value in state.items()}
     if mark == "halves":  # made in half precision, stored in single
         state = {key: value.float() for key, value in state.items()}
-    if mark == "name":
-        file = tmp_path / "vitb32-OpenAI.safetensors"
-    if mark == "cache":
-        file = tmp_path / "models--timm--vit_base_patch32_clip_224.openai/snapshots/0/open_clip_model.safetensors"
-        file.parent.mkdir(parents=True)
-    save_file(state | ({"input_resolution": torch.tensor(32)} if mark == "keys" else {}), file)
-    with pytest.raises(ModelError, match="weights of OpenAI.* need 'tiny-quickgelu'"):
+    save_file(state, file)
+    with pytest.raises(ModelError, match="OpenAI's weights need the model 'tiny-quickgelu'"):
         ClipScorer("tiny", str(file), device="cpu")
-    if mark != "keys":
-        scorer = ClipScorer("tiny-quickgelu", str(file), device="cpu")
-        assert type(scorer.model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    scorer = ClipScorer("tiny-quickgelu", str(file), device="cpu")
+    assert type(scorer.model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_others_are_loaded_without_a_word(dtype, with_twin, tmp_path):
+    save_file({key: value.to(dtype) for key, value in with_twin.items()}, tmp_path / "weights.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ClipScorer("tiny", str(tmp_path / "weights.safetensors"), device="cpu")
 
 
 @pytest.mark.parametrize("tag", ["openai", "metaclip_400m"])
@@ -281,15 +267,6 @@ def test_a_tag_under_the_plain_name_gets_the_quickgelu_that_it_was_trained_with(
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {tag: record})
     scorer = ClipScorer("tiny", tag, device="cpu")
     assert type(scorer.model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
-
-
-def test_weights_that_do_not_say_what_they_need_are_loaded_with_a_word(with_twin, tmp_path):
-    save_file(with_twin, tmp_path / "weights.safetensors", {"format": "pt"})
-    with pytest.warns(UserWarning, match="OpenAI.*need 'tiny-quickgelu'"):
-        ClipScorer("tiny", str(tmp_path / "weights.safetensors"), device="cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ClipScorer("tiny-quickgelu", str(tmp_path / "weights.safetensors"), device="cpu")
 
 
 # The hub
@@ -330,8 +307,9 @@ def hub(save_clip, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    for name in [name for name in os.environ if scoring.NETWORK.fullmatch(name)]:
+    for name in [name for name in os.environ if name.upper().endswith("_PROXY")]:
         monkeypatch.delenv(name)
+    huggingface_hub.close_session()
     yield requests, folder
     server.shutdown()
 
@@ -396,42 +374,23 @@ def test_a_tokenizer_that_is_not_here_is_said_at_once(with_twin, hub, tmp_path, 
     open_clip.add_model_config(tmp_path / "configs")
     for names in ((f"local-dir:{folder}",), ("own", str(folder / "open_clip_model.safetensors"))):
         start = time.monotonic()
-        with pytest.raises(ModelError, match="or its tokenizer could not be loaded.*Are all its files there"):
+        with pytest.raises(ModelError, match="or its tokenizer could not be loaded"):
             ClipScorer(*names, device="cpu")
         assert time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("ALL_PROXY", "socks5://127.0.0.1:1"),
-        ("ALL_PROXY", "socks://127.0.0.1:1"),
-        ("HTTPS_PROXY", "127.0.0.1:1"),
-        ("SSL_CERT_FILE", "/nowhere.pem"),
-        ("HF_ENDPOINT", "hf-mirror.invalid"),
-        ("HF_ENDPOINT", "http://[::1"),
-        ("HF_ENDPOINT", "http://127.0.0.1:9/"),
-    ],
-)
-def test_a_network_that_is_set_up_wrongly_is_named(name, value, hub, monkeypatch):
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTPS_PROXY", "127.0.0.1:1")])
+def test_a_network_that_is_set_up_wrongly_is_said_at_once(name, value, hub, monkeypatch):
     monkeypatch.setenv(name, value)
-    endpoint = value if name == "HF_ENDPOINT" else "https://huggingface.invalid"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://huggingface.invalid")
     start = time.monotonic()
-    with pytest.raises(ModelError, match=rf"correct or unset ([A-Z_]+, )?{name}\b"):
+    with pytest.raises(ModelError, match="huggingface.invalid cannot be reached"):
         ClipScorer("ViT-B-32", "openai", device="cpu")
     assert time.monotonic() - start < 10
 
 
-def test_an_endpoint_that_the_hubs_package_itself_cannot_read(monkeypatch):
-    environment = {**os.environ, "HF_ENDPOINT": "http://[::1"}
-    command = [sys.executable, "-c", "import bsap_utils.scoring"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert "HF_ENDPOINT=http://[::1 is no address: correct or unset it." in done.stderr.splitlines()[-1]
-
-
 def test_offline_by_choice_asks_nobody(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(ModelError, match="cannot be reached.*HF_HUB_OFFLINE"):
         ClipScorer("ViT-B-32", "openai", device="cpu")
     assert not hub[0]

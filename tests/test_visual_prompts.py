@@ -168,7 +168,8 @@ def test_all_views_together_are_squashed_as_each_alone(shapes, size, seed, kind)
     each = torch.stack([vp.squash(view, (size, 2 * size), kind) for view in views]).int()
     assert (together - each).abs().max() <= 2
     alike = torch.stack([views[0], views[0].flip(2)])
-    assert (vp.squash_together(alike, size, kind) == vp.squash_together(list(alike), size, kind)).all()
+    each = vp.squash_together(list(alike), (size, size), kind)
+    assert (vp.squash_together(alike, (size, size), kind) == each).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -180,24 +181,26 @@ def test_any_box_shows_at_least_one_pixel(box, height, width):
 
 def test_every_prompt_shows_every_region_in_order_and_changes_no_input(scene, masks, monkeypatch):
     image, boxes, masks = to_tensor(scene), torch.tensor([*BOXES, (5, 5, 50, 50)]).float(), torch.from_numpy(masks)
-    views = vp.show_regions(image, boxes, tuple(vp.VISUAL_PROMPTS), 48, masks)
+
+    def every(boxes, masks):
+        return torch.stack([vp.show_regions(image, boxes, name, (48, 48), masks) for name in vp.VISUAL_PROMPTS])
+
+    views = every(boxes, masks)
     assert views.shape == (len(vp.VISUAL_PROMPTS), 5, 3, 48, 48) and views.dtype == torch.uint8
     assert (image == to_tensor(scene)).all()
     assert len({view.numpy().tobytes() for view in views[:-1, 0]}) == len(views) - 1, "two prompts look alike"
-    swapped = vp.show_regions(image, boxes.flip(0), tuple(vp.VISUAL_PROMPTS)[::-1], 48, masks.flip(0))
-    assert (views == swapped.flip(0, 1)).all()
+    assert (every(boxes.flip(0), masks.flip(0)).flip(1) == views).all()
     monkeypatch.setattr(vp, "AT_ONCE", 2 * image.numel())  # a large picture with many regions: two at a time
-    assert (vp.show_regions(image, boxes, tuple(vp.VISUAL_PROMPTS), 48, masks) == views).all()
+    assert (every(boxes, masks) == views).all()
 
 
-def test_wrong_prompts_and_masks_are_named(scene, masks):
-    image, boxes = to_tensor(scene), torch.tensor(BOXES).float()
-    with pytest.raises(ValueError, match=r"'halo'.*crop, .*global_local"):
-        vp.show_regions(image, boxes, ("crop", "halo"), 8)
-    for name in vp.MASK_PROMPTS:
-        for wrong in (None, torch.from_numpy(masks[:4, 1:]), torch.from_numpy(masks)):
-            with pytest.raises(ValueError, match=rf"{name}.*need masks \[4, 240, 320\]"):
-                vp.show_regions(image, boxes, (name,), 8, wrong)
+def test_masks_are_shown_by_the_prompts_that_need_them_alone(scene, masks):
+    image, boxes, masks = to_tensor(scene), torch.tensor(BOXES).float(), torch.from_numpy(masks[:4])
+    with pytest.raises(KeyError, match="halo"):
+        vp.show_regions(image, boxes, "halo", (8, 8))
+    for name in vp.VISUAL_PROMPTS.keys() - vp.MASK_PROMPTS:
+        without = vp.show_regions(image, boxes, name, (8, 8))
+        assert (vp.show_regions(image, boxes, name, (8, 8), masks) == without).all()
 
 
 def test_patches_of_a_mask_are_those_covered_half_as_much_as_the_best(masks):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -145,7 +146,7 @@ def measure(scorer: ClipScorer, ds: ReferDataset, rounds: int, small: bool = Fal
     """Return everything about one model; `small`, only that it can be measured."""
     where, total = scorer.device, len(ds.images)
     batches = (4,) if small else (8, 16, 32) if where.type == "cpu" else (128, 256, 512, 1024)
-    size = scorer.image_size if isinstance(scorer.image_size, tuple) else (scorer.image_size,) * 2
+    size = scorer.image_size
     ready = scorer._pixels(torch.randint(0, 256, (max(batches), 3, *size), dtype=torch.uint8))
     rates = bare_rates(scorer, ready, batches)
     best = max(rates, key=rates.__getitem__)
@@ -170,7 +171,8 @@ def measure(scorer: ClipScorer, ds: ReferDataset, rounds: int, small: bool = Fal
     boxes = torch.tensor(part.annotations[["x", "y", "w", "h"]].to_numpy(np.float32)).split(REGIONS)
     views = len(images) * VIEWS
     decode = seconds(where, lambda: [scoring.read_image(part, i, where) for i in part.images.index])
-    shown = seconds(where, lambda: [show_regions(i, b, PROMPTS, size) for i, b in zip(images, boxes, strict=True)])
+    work = list(itertools.product(zip(images, boxes, strict=True), PROMPTS))
+    shown = seconds(where, lambda: [show_regions(i, b, prompt, size) for (i, b), prompt in work])
     ratios = {
         way: [a / b for a, b in zip(spent[way], spent["end to end"], strict=True)] for way in ("bare encoder", "naive")
     }

@@ -77,8 +77,7 @@ def test_nothing_waits_for_the_device_once_an_image_or_region(few, scorer):
     boxes = torch.tensor(own[["x", "y", "w", "h"]].to_numpy(np.float32))
 
     def path():
-        views = show_regions(image, boxes, PROMPTS, device.image_size, masks)
-        device._encode_views([views.flatten(0, 1)])
+        device._encode_views([show_regions(image, boxes, name, device.image_size, masks) for name in PROMPTS])
         device._whole(image, masks)
 
     path()  # the first time, kernels are chosen and the blur's matrices are made
