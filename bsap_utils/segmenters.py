@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ from skimage import color, measure, segmentation
 from tqdm.auto import tqdm
 
 from .datasets import ReferDataset, write_file
-from .regions import suppress
 
-Segmenter = Callable[[Image.Image], "tuple[Sequence[dict], np.ndarray]"]
 SCALES, LONGEST = (50, 100, 200, 400, 800), 400  # from parts to things, in an image of at most so many pixels a side
 
 
@@ -25,7 +23,7 @@ def felzenszwalb(image: Image.Image, top_k: int = 40) -> tuple[list[dict], np.nd
     """Segment an image by colour: masks (compressed RLE, [N]) and scores in 0..1 [N], best first.
 
     Felzenszwalb and Huttenlocher's (IJCV 2004), at several scales. The score is the contrast with a ring around, less for
-    small segments and those that touch sides of the image. Of two with IoU > 0.8 the better stays.
+    small segments and those that touch a side of the image. Of two with IoU > 0.8 the better stays.
     """
     small = image.convert("RGB")
     small.thumbnail((LONGEST, LONGEST))
@@ -36,34 +34,29 @@ def felzenszwalb(image: Image.Image, top_k: int = 40) -> tuple[list[dict], np.nd
             if 0.001 <= (share := one.area_filled / labels.size) <= 0.6:
                 mask = np.zeros(labels.shape, dtype=bool)
                 mask[one.slice] = one.image_filled
-                sides = mask[0].any() + mask[-1].any() + mask[:, 0].any() + mask[:, -1].any()
-                found.append((_contrast(mask, lab) * min(1.0, share**0.5 / 0.12) * 0.6**sides, mask))
-    found.sort(key=lambda one: -one[0])
-    sized = (Image.fromarray(mask).resize(image.size) for _, mask in found)  # of black and white: the nearest pixel
-    masks = [coco.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in sized]
-    stays = np.flatnonzero(suppress(masks, 0.8))[:top_k]
-    return [masks[i] for i in stays], np.array([found[i][0] for i in stays])
+                ring = ndimage.binary_dilation(mask, iterations=max(2, round(0.08 * one.area_filled**0.5))) & ~mask
+                distance = np.linalg.norm(lab[mask].mean(0) - lab[ring].mean(0))
+                spread = np.mean([np.linalg.norm(lab[part].std(0)) for part in (mask, ring)])
+                place = 0.6 if np.equal(one.bbox, (0, 0, *labels.shape)).any() else 1.0  # at a side of the image
+                found.append((distance / (distance + spread + 1e-9) * min(1, share**0.5 / 0.12) * place, mask))
+    masks, scores = list[dict](), list[float]()
+    for score, mask in sorted(found, key=lambda one: -one[0]):
+        sized = Image.fromarray(mask).resize(image.size)  # of black and white: the nearest pixel
+        rle = coco.encode(np.asfortranarray(sized, dtype=np.uint8))
+        if len(masks) < top_k and np.max(coco.iou([rle], masks, [0] * len(masks)), initial=0) <= 0.8:
+            masks.append(rle)
+            scores.append(score)
+    return masks, np.array(scores)
 
 
-def _contrast(mask: np.ndarray, lab: np.ndarray) -> float:
-    reach = max(2, round(0.08 * mask.sum() ** 0.5))
-    inside, outside = lab[mask], lab[ndimage.binary_dilation(mask, iterations=reach) & ~mask]
-    distance = np.linalg.norm(inside.mean(0) - outside.mean(0))
-    spread = (np.linalg.norm(inside.std(0)) + np.linalg.norm(outside.std(0))) / 2
-    return float(distance / (distance + spread + 1e-9))
-
-
-def sam(model: str = "facebook/sam-vit-base", **options: Any) -> Segmenter:
+def sam(model: str = "facebook/sam-vit-base", **options: Any) -> Callable:
     """Return Segment Anything (Kirillov et al. 2023): a model of the hub or a folder, options of transformers' pipeline."""
     try:
         from transformers import pipeline
 
         generate = pipeline("mask-generation", model=model, **options)
     except Exception as error:  # ImportError, or whatever the hub and damaged files lead to
-        advice = "install bsap-utils[sam], pass a folder with its files, or use felzenszwalb"
-        raise RuntimeError(
-            f"SAM cannot be loaded from {model!r} ({' '.join(str(error).split())}): {advice}."
-        ) from error
+        raise RuntimeError(f"No SAM in {model!r} ({error}): install bsap-utils[sam], or pass its folder.") from error
 
     def segment(image: Image.Image) -> tuple[list[dict], np.ndarray]:
         found = generate(image.convert("RGB"))
@@ -73,7 +66,7 @@ def sam(model: str = "facebook/sam-vit-base", **options: Any) -> Segmenter:
     return segment
 
 
-def write_masks(ds: ReferDataset, segment: Segmenter, path: str | Path) -> int:
+def write_masks(ds: ReferDataset, segment: Callable, path: str | Path) -> int:
     """Segment every image of `ds` into a file of COCO results; return how many masks."""
     entries = []
     for image_id in tqdm(ds.images.index, desc="Segmenting images", unit="image"):
