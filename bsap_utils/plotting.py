@@ -1,7 +1,6 @@
 """One style for all figures: colour-blind-safe, one colour a method everywhere, sized for a paper's columns.
 
-Importing this module sets the defaults of matplotlib and of pandas' HTML. Text is text: dollars in an expression are not
-mathematics (`parse_math=True` asks for it). A figure of one notebook only is a cell of it, made of the helpers here.
+Importing this module sets the defaults of matplotlib and pandas' HTML. Dollars are text; `parse_math=True` reads them.
 """
 
 import io
@@ -46,7 +45,6 @@ COLUMN_LABELS = {
     "delta_miou_vs_clip": "Δ mIoU", "recall_1": "R@1, %", "recall_5": "R@5, %", "recall_10": "R@10, %",
     "median_rank": "median rank", "aux_bank": "bank", **{f"p{at}": f"P@0.{at // 10}" for at in range(50, 100, 10)},
 }  # fmt: skip
-
 mpl.rcParams.update({
     "font.size": 8, "font.family": "DejaVu Sans", "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 8,
     "ytick.labelsize": 8, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False,
@@ -56,7 +54,6 @@ mpl.rcParams.update({
 })  # fmt: skip
 pd.set_option("display.html.use_mathjax", False, "styler.html.mathjax", False)
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # an emoji is drawn as a box, without a word each
-
 _greys: dict[str, str] = {}  # names that are no method of ours, in order of appearance
 
 
@@ -75,8 +72,7 @@ def colour(method: str) -> str:
 def colours(names: Iterable[str]) -> dict[str, str]:
     """Return a colour for each name: its own where methods are among them, else one of `SERIES`."""
     names = list(dict.fromkeys(names))
-    of_methods = bool(METHODS.keys() & names)
-    return {name: colour(name) if of_methods else SERIES[i % len(SERIES)] for i, name in enumerate(names)}
+    return {name: colour(name) if METHODS.keys() & names else SERIES[i % len(SERIES)] for i, name in enumerate(names)}
 
 
 def plain(text: Any, width: int = 0, lines: int = 2) -> str:
@@ -92,42 +88,36 @@ def show_table(frame: pd.DataFrame, digits: int = 1) -> Any:
     for name in frame.columns[~frame.columns.str.endswith(("_low", "_high"))]:
         stems = {"accuracy": "ci", "delta_vs_clip": "delta_ci", "median_rank": "median"}
         stem = stems.get(name, name.removesuffix("_vs_clip"))
-        sign, places = "+" * name.startswith("delta"), digits + 3 * name.startswith("p_")
-        texts = [_written(value, places, sign) for value in frame[name]]
-        if f"{stem}_low" in frame:
-            bounds = frame[[f"{stem}_low", f"{stem}_high"]].map(_written, digits=digits, sign=sign).to_numpy()
-            texts = [f"{text} [{low}, {high}]" for text, (low, high) in zip(texts, bounds, strict=True)]
-        shown[COLUMN_LABELS.get(name, name.replace("_", " "))] = texts
+        columns = [name, f"{stem}_low", f"{stem}_high"] if f"{stem}_low" in frame else [name]
+        words = "{} [{}, {}]" if len(columns) == 3 else "{}"
+        cells = frame[columns].map(_written, digits=digits + 3 * name.startswith("p_"), sign=name.startswith("delta"))
+        shown[COLUMN_LABELS.get(name, name.replace("_", " "))] = [words.format(*row) for row in cells.to_numpy()]
     style = shown.style.format(escape="html").format_index(escape="html")
     return style.hide(axis="index") if isinstance(frame.index, pd.RangeIndex) else style
 
 
-def _written(value: Any, digits: int, sign: str = "") -> str:
+def _written(value: Any, digits: int, sign: bool = False) -> str:
     """A cell in words: a number in so many digits, a method's label, a dash where nothing is known."""
-    number = isinstance(value, float | np.floating)
-    return "–" if pd.isna(value) else f"{value:{sign}.{digits}f}".replace("-", "−") if number else label(str(value))
+    form = f"{'+' * sign}.{digits}f" if isinstance(value, float | np.floating) else ""
+    return "–" if pd.isna(value) else format(value, form).replace("-", "−") if form else label(str(value))
 
 
 def save(figure: Figure, stem: Path | str, caption: str) -> None:
     """Write `figure` to `stem`.png, in few colours, and `stem`.svg if no picture is in it, with its caption; same bytes."""
     drawn, info, meta = io.BytesIO(), PngInfo(), {"Date": None, "Description": plain(caption)}
-    has_pictures = bool(figure.findobj(lambda artist: isinstance(artist, AxesImage | BboxImage)))
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
-    few = _dithered(picture) if has_pictures else picture.quantize(method=Image.Quantize.MAXCOVERAGE)
+    if figure.findobj(lambda artist: isinstance(artist, AxesImage | BboxImage)):  # dithered, it is half as large
+        # PIL dithers only onto a palette that it is given, and finding one among all 16 million colours would take a minute
+        coarse = ImageOps.posterize(picture, 5).point(lambda value: value * 255 // 248)
+        palette = coarse.quantize(128, Image.Quantize.MAXCOVERAGE)  # median cut would lose what is small and bright
+        few = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    else:
+        few = picture.quantize(method=Image.Quantize.MAXCOVERAGE)
+        write_file(Path(f"{stem}.svg"), lambda path: figure.savefig(path, format="svg", metadata=meta))
     info.add_itxt("Description", plain(caption))
     options = {"optimize": True, "pnginfo": info, "dpi": picture.info["dpi"]}
     write_file(Path(f"{stem}.png"), lambda path: few.save(path, "PNG", **options))
-    if not has_pictures:
-        write_file(Path(f"{stem}.svg"), lambda path: figure.savefig(path, format="svg", metadata=meta))
-
-
-def _dithered(picture: Image.Image) -> Image.Image:
-    """A photograph in 128 colours, dithered: much the same to the eye, and as PNG half as large or less."""
-    # PIL dithers only onto a palette that it is given, and finding one among all 16 million colours would take a minute
-    coarse = ImageOps.posterize(picture, 5).point(lambda value: value * 255 // 248)
-    palette = coarse.quantize(128, Image.Quantize.MAXCOVERAGE)  # median cut would lose what is small and bright
-    return picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def intervals(table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low", high: str = "ci_high",
@@ -146,24 +136,19 @@ def intervals(table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low",
         axis.axvline(0, color="0.35", linewidth=1, zorder=0)
     for entry in table.to_dict("records"):
         y = names.index(label(str(entry[row]))) + shifts[entry[hue] if hue else ""]
-        tone, text = paint[entry[hue or row]], _written(float(entry[value]), digits, "+" if zero else "")
+        tone, text = paint[entry[hue or row]], _written(float(entry[value]), digits, zero)
         axis.plot([entry[low], entry[high]], [y, y], color=tone, linewidth=1.3, solid_capstyle="butt")
         axis.plot(entry[value], y, "o", color=tone, markersize=4.5)
         axis.annotate(text, (1, y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                       va="center", fontsize=7.5, color=tone)  # fmt: skip
     measure = "difference to CLIP, points" if zero else COLUMN_LABELS.get(value, value)
     axis.set(yticks=range(len(names)), yticklabels=names, axisbelow=True, ylim=(len(names) - 0.4, -0.6))
-    axis.set(**{"xlabel": f"{measure}, 95 % interval"} | labels)
-    axis.grid(axis="x", color="0.92")
-    return _legend(axis, paint if hue else {}, "o")
+    return _finish(axis, "x", {"xlabel": f"{measure}, 95 % interval"} | labels, paint if hue else {}, "o")
 
 
 def curves(table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str | None = None, high: str | None = None,
            axis: plt.Axes | None = None, log: str = "", marker: str = "o", **labels: Any) -> Figure:  # fmt: skip
-    """Return the figure, a new one unless there is an `axis`, of lines with bands from `low` to `high`.
-
-    With `log="x"` an infinite x, as of a temperature, is ∞ at the right end. `labels` (xlabel, title) go to `Axes.set`.
-    """
+    """Return the figure of lines with bands from `low` to `high`; log="x" puts an infinite x at the right end."""
     axis = axis or plt.subplots(figsize=(DOUBLE_COLUMN * 0.62, 2.6))[1]
     finite = np.unique(table[x][np.isfinite(table[x])].to_numpy(float))
     end = finite[-1] * (finite[-1] / finite[0]) ** 0.12 if log else np.inf
@@ -180,15 +165,17 @@ def curves(table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str
         axis.xaxis.set(major_formatter="{x:,.10g}", minor_formatter="")
     if np.isinf(table[x]).any():
         few = finite if len(finite) <= 9 else finite[np.isclose(np.log10(finite) % 1, [[0], [1]]).any(0)]
-        axis.set_xticks([*few, end], [*map(_level, few), "∞"])
+        axis.set_xticks([*few, end], [*map("{:,.10g}".format, few), "∞"])
         axis.minorticks_off()
-    axis.grid(axis="y", color="0.92")
-    axis.set(**{"xlabel": x, "ylabel": COLUMN_LABELS.get(y, y)} | labels)
-    return _legend(axis, paint if hue else {}, marker, "-")
+    return _finish(
+        axis, "y", {"xlabel": x, "ylabel": COLUMN_LABELS.get(y, y)} | labels, paint if hue else {}, marker, "-"
+    )
 
 
-def _legend(axis: Any, paint: Mapping[str, str], marker: str, line: Any = "") -> Figure:
-    """Name the colours: above a figure of one panel, in the panel where there are several. Return the figure."""
+def _finish(axis: Any, grid: Any, words: dict, paint: Mapping[str, str], marker: str, line: Any = "") -> Figure:
+    """Write the words and name the colours, above a figure of one panel or in each of several. Return the figure."""
+    axis.grid(axis=grid, color="0.92")
+    axis.set(**words)
     marks = [plt.Line2D([], [], color=tone, marker=marker, markersize=4, linestyle=line) for tone in paint.values()]
     figure, names = axis.get_figure(root=True), [label(str(name)) for name in paint]
     if marks and len(figure.axes) == 1:
@@ -206,15 +193,11 @@ def heat_map(frame: pd.DataFrame, measure: str = "accuracy, %", centre: float | 
     for names, set_ticks in ((frame.columns, axis.set_xticks), (frame.index, axis.set_yticks)):
         step = -(-len(names) // 12)
         shown = sorted({*range(0, len(names) - step // 2, step), len(names) - 1})
-        set_ticks([number + 0.5 for number in shown], [_level(names[number]) for number in shown], rotation=0)
+        words = [name if isinstance(name, str) else f"{float(f'{name:.2g}'):,.10g}" for name in names[shown]]
+        set_ticks(np.add(shown, 0.5), [label(word).replace("inf", "∞") for word in words], rotation=0)
     axis.axvline(len(frame.columns) - 1, color="white", linewidth=3 if frame.columns[-1] == np.inf else 0)
     axis.set(**{"xlabel": "temperature T", "ylabel": ""} | labels)
     return figure
-
-
-def _level(name: Any) -> str:
-    """A tick in words: a name's label, a number in two digits, ∞."""
-    return label(name) if isinstance(name, str) else "∞" if name == np.inf else f"{float(f'{name:.2g}'):,.10g}"
 
 
 def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, titles: Sequence[str] = ()) -> Figure:
@@ -234,31 +217,27 @@ def picture_grid(pictures: Sequence, captions: Sequence[str], columns: int = 6, 
 def outline(axis: plt.Axes, box: Sequence[float], colour: str, label: str = "", dashed: bool = False, below: bool = False,
             avoid: Sequence[Sequence[float]] = (), mask: np.ndarray | None = None) -> None:  # fmt: skip
     """Draw a box (xywh), or a mask [H, W], its label in the picture, off boxes, labels and what to `avoid` if possible."""
+    x, y, w, h = box
     for width, edge in ((2.8, "black"), (1.4, colour)) if dashed else ((3.0, "white"), (1.8, colour)):
         line: Any = (0, (7 / width, 6 / width)) if dashed else "-"  # in units of the width; a pick shows in the gaps
         if mask is None:
-            style: Any = {"fill": False, "edgecolor": edge, "linewidth": width, "linestyle": line}
-            axis.add_patch(plt.Rectangle((box[0], box[1]), box[2], box[3], **style))
+            axis.add_patch(plt.Rectangle((x, y), w, h, fill=False, edgecolor=edge, linewidth=width, linestyle=line))
         elif mask.any() and not mask.all():
             axis.contour(mask, [0.5], colors=[edge], linewidths=width, linestyles=[line])
-    if label:
-        x, y, w, h = spot = _free_spot(axis, len(label), box, below, avoid)
-        text = axis.text(x + w / 2, y + h / 2, plain(label), ha="center", va="center", fontsize=6.5, color="white",
-                         bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
-        text.spot = spot  # type: ignore[attr-defined]
-
-
-def _free_spot(axis: plt.Axes, letters: int, box: Sequence[float], below: bool, avoid: Sequence) -> tuple[float, ...]:
-    """The place (xywh) of a label at a box that covers least of what should stay free."""
+    if not label:
+        return
     (left, right), (low, high) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
     point = (right - left) / axis.get_window_extent().width * axis.figure.dpi / 72  # in pixels of the picture
-    w, h, (x, y, width, height) = (4.3 * letters + 5) * point, 11 * point, box
-    levels = [y + height, y - h, y + height - h, y] if below else [y - h, y + height, y, y + height - h]
-    places = [(at, level) for level in levels for at in (x, x + width - w)]
-    places += [(at, level) for level in (y, y + height - h) for at in (x + width, x - w)]
-    spots = [(max(min(a, right - w), left), max(min(b, high - h), low), w, h) for a, b in places]
+    wide, tall = (4.3 * len(label) + 5) * point, 11 * point
+    levels = [y + h, y - tall, y + h - tall, y] if below else [y - tall, y + h, y, y + h - tall]
+    places = [(at, level) for level in levels for at in (x, x + w - wide)]
+    places += [(at, level) for level in (y, y + h - tall) for at in (x + w, x - wide)]
+    spots = [(max(min(a, right - wide), left), max(min(b, high - tall), low), wide, tall) for a, b in places]
     taken = [*avoid, box, *(text.spot for text in axis.texts if hasattr(text, "spot"))]
-    return spots[int(box_iou(np.array(spots)[:, None], np.array(taken)).sum(1).argmin())]
+    x, y, *_ = spot = spots[int(box_iou(np.array(spots)[:, None], np.array(taken)).sum(1).argmin())]
+    text = axis.text(x + wide / 2, y + tall / 2, plain(label), ha="center", va="center", fontsize=6.5, color="white",
+                     bbox={"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"})  # fmt: skip
+    text.spot = spot  # type: ignore[attr-defined]
 
 
 def thumbnail(ds: ReferDataset, candidates: pd.DataFrame, row: int, side: int = 96) -> Image.Image:
@@ -302,9 +281,8 @@ def _draw_scene(axis: Any, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pa
     axis.text(0.5, -0.02, f"IoU: {overlaps}", transform=axis.transAxes, ha="center", va="top", fontsize=7, color="0.3")
 
 
-def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a: Tensor, rows: Sequence[int],
-         most: int = 8) -> Figure:  # fmt: skip
-    """Show why CLIP and BSAP pick differently, a column an expression (row numbers): both picks, and the highest logits."""
+def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a: Tensor, rows: Sequence[int]) -> Figure:
+    """Show why CLIP and BSAP pick differently, a column an expression (row numbers), with the eight highest logits."""
     bias = a.double().logsumexp(1)[pairs.candidate]
     picks = {"clip": pick(pairs, s), "bsap": pick(pairs, s - bias)}
     figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7))
@@ -314,9 +292,8 @@ def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a:
         chosen = {name: int(best[row]) for name, best in picks.items()}
         _draw_scene(scene, ds, candidates, pairs, row, chosen)
         scene.axis("off")
-        own = (pairs.expression == row).nonzero()[:, 0]
-        ranked = own[s[own].argsort(descending=True, stable=True)].tolist()
-        shown = [pair for place, pair in enumerate(ranked) if place < most or pair == chosen["bsap"]]
+        own = (pairs.expression == row).nonzero()[:, 0].tolist()
+        shown = list(dict.fromkeys([*sorted(own, key=lambda pair: -s[pair])[:8], chosen["bsap"]]))
         crops = [np.asarray(thumbnail(ds, candidates, int(pairs.candidate[pair]), 80)) for pair in shown]
         places = {name: shown.index(pair) for name, pair in chosen.items()}
         _draw_ladder(ladder, s[shown].double().numpy(), bias[shown].numpy(), crops, places)
@@ -327,20 +304,16 @@ def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a:
 def _draw_ladder(axis: Any, s: np.ndarray, bias: np.ndarray, crops: Sequence, picks: Mapping[str, int]) -> None:
     """Draw logit and bias [N] of each candidate, its picture and the two numbers below; `picks`: positions."""
     place: Any = {"xycoords": axis.get_xaxis_transform(), "annotation_clip": False}
-    tones, best, words = (
-        {x: colour(name) for name, x in picks.items()},
-        picks["bsap"],
-        "s − bias: BSAP takes the highest",
-    )
+    tones, x = {x: colour(name) for name, x in picks.items()}, picks["bsap"]
     axis.plot(s, "o", color=colour("clip"), markersize=6, label="logit s: CLIP takes the highest")
     axis.plot(bias, "_", color="0.2", markersize=14, markeredgewidth=2, label="bias: its level with auxiliary prompts")
     axis.vlines(range(len(s)), s, bias, "0.82", linewidth=5, zorder=1)
-    axis.vlines(best, s[best], bias[best], colour("bsap"), linewidth=5, label=words, zorder=1)
+    axis.vlines(x, s[x], bias[x], colour("bsap"), linewidth=5, zorder=1, label="s − bias: BSAP takes the highest")
     for x, (logit, gap, crop) in enumerate(zip(s, s - bias, crops, strict=True)):
         edge = {"edgecolor": tones.get(x, "0.72"), "linewidth": 2}
         axis.add_artist(AnnotationBbox(OffsetImage(crop, zoom=0.25), (x, 0), (0, -15), boxcoords="offset points",
                                        pad=0.15, bboxprops=edge, **place))  # fmt: skip
-        for name, number, down in (("clip", _written(logit, 1), -29), ("bsap", _written(gap, 1, "+"), -39)):
+        for name, number, down in (("clip", _written(logit, 1), -29), ("bsap", _written(gap, 1, True), -39)):
             tone, weight = (colour(name), "bold") if x == picks[name] else ("0.35", "normal")
             axis.annotate(number, (x, 0), (0, down), textcoords="offset points", ha="center", va="top", fontsize=7,
                           color=tone, weight=weight, **place)  # fmt: skip

@@ -261,14 +261,26 @@ def test_the_hero_shows_both_picks_with_logit_and_difference(val_case):
     difference = s - a.double().logsumexp(1)[pairs.candidate]
     clip, bsap = pick(pairs, s), pick(pairs, difference)
     rows = (clip != bsap).nonzero().ravel()[:2].tolist()
-    figure = plotting.hero(ds, val_case.candidates, pairs, s, a, rows, most=1)
+    figure = plotting.hero(ds, val_case.candidates, pairs, s, a, rows)
     for column, row in enumerate(rows):
         scene, ladder = figure.axes[column], figure.axes[len(rows) + column]
         assert {"CLIP", "BSAP"} <= {text.get_text() for text in scene.texts}
         bold = {text.get_text() for text in ladder.texts if text.get_weight() == "bold"}
         numbers = {f"{float(s[clip[row]]):.1f}", f"{float(difference[bsap[row]]):+.1f}"}
         assert bold == {number.replace("-", "−") for number in numbers}
-        assert len(ladder.texts) == 4, "one candidate, and BSAP's pick though its logit is lower"
+        assert len(ladder.texts) == 2 * min(int((pairs.expression == row).sum()), 8)
+
+
+def test_the_hero_shows_the_eight_highest_logits_and_bsap_s_pick_though_its_logit_is_lower(val_case):
+    pairs, row = val_case.pairs, int(val_case.pairs.expression.bincount().argmax())
+    own = (pairs.expression == row).nonzero()[:, 0]
+    lowest = own[val_case.s[own].argmin()]
+    a = val_case.a.clone()
+    a[pairs.candidate[lowest]] = -50
+    ladder = plotting.hero(val_case.ds, val_case.candidates, pairs, val_case.s, a, [row]).axes[1]
+    drawn = torch.from_numpy(ladder.lines[0].get_ydata())
+    expected = torch.cat([val_case.s[own].sort(descending=True).values[:8], val_case.s[lowest][None]]).double()
+    assert len(own) > 9 and drawn.equal(expected) and len(ladder.texts) == 2 * 9
 
 
 def test_a_thumbnail_is_the_candidate_s_part_of_the_picture(sample_val, detections):
