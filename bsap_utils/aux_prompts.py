@@ -32,18 +32,17 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
     file = WORDS / f"{bank}.txt" if bank in ("coco80", "generic") else Path(bank)
     if bank in ("categories", "attributes", "expressions"):
         if ds is None:
-            raise ValueError(
-                f"The bank {bank!r} is made from a data set: pass ds=load_refer(...), with all its splits."
-            )
-        train = ds.expressions.loc[ds.expressions["split"] == "train", "text"]
-        if bank == "expressions" and train.empty:
-            raise DatasetError(f"The bank 'expressions' samples train expressions, and {ds.name} as passed has none "
-                               f"(splits: {ds.splits}). Pass the data set as loaded, before select(split=…).")  # fmt: skip
-        colours = [f"{colour} " for colour in _lines(WORDS / "colours.txt")] if bank == "attributes" else [""]
-        named = [colour + category for category in ds.categories for colour in colours]
-        texts = sorted(set(train.str.lower())) if bank == "expressions" else named
+            raise ValueError(f"The bank {bank!r} is made from a data set: pass ds=load_refer(...), all splits.")
+        texts = ds.categories
+        if bank == "attributes":
+            colours = (WORDS / "colours.txt").read_text().splitlines()
+            texts = [f"{colour} {category}" for category in texts for colour in colours]
+        elif bank == "expressions":
+            texts = sorted({*ds.expressions.loc[ds.expressions["split"] == "train", "text"].str.lower()})
+            if not texts:
+                raise DatasetError(f"{ds.name} has no split train to sample: pass it before select(split=…).")
     elif file.is_file():
-        texts = _lines(file)
+        texts = file.read_text(encoding="utf-8-sig").splitlines()
     else:
         raise ValueError(f"Unknown bank of auxiliary prompts {bank!r}: use {', '.join(BANKS)}, or a text file's path.")
     prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
@@ -51,10 +50,3 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
     if not 1 <= wanted <= len(prompts):
         raise ValueError(f"The bank {bank!r} has {len(prompts)} prompts, too few for a size of {max(wanted, 1)}.")
     return [prompts[i] for i in np.sort(np.random.default_rng(seed).permutation(len(prompts))[:wanted])]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file ({error}). Save it as UTF-8, one prompt a line.") from None

@@ -1,7 +1,6 @@
 """RefCOCO, RefCOCO+, RefCOCOg and real CLIP scores from the network (`bsap data get`), and a look at what is here.
 
-Only the pictures that a split needs are fetched: 1,500 of COCO's 83,000 for RefCOCO val. A file has several addresses, for
-hosts come and go; a mirror with the same file names (BSAP_BASE_URL) replaces them, and an archive in the root is used first.
+Hosts come and go, so a file has several addresses. A mirror with the same file names (BSAP_BASE_URL) replaces them.
 """
 
 import json
@@ -29,25 +28,26 @@ from tqdm import tqdm
 
 from bsap_utils import ROOT
 from bsap_utils.datasets import DatasetError, ReferDataset, load_refer, read_json, reading, write_file
-from bsap_utils.regions import from_boxes, from_masks
-from bsap_utils.scoring import NETWORK, ModelError
+from bsap_utils.regions import from_boxes, load_candidates
+from bsap_utils.scoring import ModelError
 
 KNOWN = pd.read_csv(ROOT / "data/downloads.csv", index_col="file", keep_default_na=False)
 HOSTS, HASHES = KNOWN["folders"].str.split().to_dict(), KNOWN["sha256"].to_dict()
-SPLITS = {"refcoco": ["train", "val", "testA", "testB"], "refcoco+": ["train", "val", "testA", "testB"]}
+SPLITS = {name: ["train", "val", "testA", "testB"] for name in ("refcoco", "refcoco+")}
 SPLITS["refcocog"] = ["train", "val", "test"]
+WANTED = r"instances\.json|refs\(\w+\)\.p|refcoco.?_dets_dict\.json"  # of what the archives hold
 LIMIT, MB = 2_000_000_000, 1 << 20  # bytes of a download, and of what an archive unpacks to
-PART = f".part-{os.getpid()}-"  # begins the name of this process's folders for what is not whole yet
-UNREACHABLE = (requests.ConnectionError, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL)
+PART = ".part-"  # begins the names of folders for what is not whole yet
 WORKERS, PAUSES = 16, (0, 1, 2)  # pictures at a time; seconds before each try of an address
+PASSING = (None, 408, 429, 500, 502, 503, 504)  # what may pass: a broken connection, and these answers
 
 
 def stream(url: str, path: str, _: Any) -> None:
     """Get a file for pooch; ValueError beyond LIMIT bytes, for a compressed answer can grow without end."""
     with requests.get(url, stream=True, timeout=(5, 30)) as answer, open(path, "wb") as file:
         answer.raise_for_status()
-        size, name = int(answer.headers.get("content-length", 0)), url.rpartition("/")[2]
-        for chunk in tqdm(answer.iter_content(MB), name, size // MB, leave=False, unit="MB", disable=size < 9 * MB):
+        size = int(answer.headers.get("content-length", 0)) // MB
+        for chunk in tqdm(answer.iter_content(MB), url, size, leave=False, unit="MB", disable=size < 9):
             file.write(chunk)
             if file.tell() > LIMIT:
                 raise ValueError(f"sends more than {LIMIT:,} bytes")
@@ -66,37 +66,28 @@ def fetch(file: str, target: Path, base_url: str | None, accept: Callable[[Path]
                 with TemporaryDirectory(prefix=PART, dir=target.parent) as part:
                     accept(Path(pooch.retrieve(url, HASHES.get(file) or None, target.name, part, downloader=stream)))
                     return os.replace(f"{part}/{target.name}", target)
-            except (OSError, ValueError) as error:  # the network's have no number, the disk's do
-                if getattr(error, "errno", None):
-                    raise
-                tried[url] = re.sub(rf"\S*{PART}\w+/", "", str(error).rpartition("Caused by ")[2])
-                # server errors, broken connections and damaged files may pass
-                status = getattr(getattr(error, "response", None), "status_code", 500)
-                wrong = isinstance(error, UNREACHABLE) or type(error) is OSError  # no certificates where they should be
-                if wrong or status < 500 and status not in (408, 429):
+            except (requests.RequestException, ValueError) as error:
+                tried[url] = f"{url}: " + str(error).rpartition("Caused by ")[2]
+                status = getattr(getattr(error, "response", None), "status_code", None)
+                if isinstance(error, ValueError) or status not in PASSING:
                     urls.remove(url)
-    why = "".join(f"\n  {url}: {reason}" for url, reason in tried.items())
-    here = (f" Is {name}={value} right?" for name, value in os.environ.items() if value and NETWORK.fullmatch(name))
-    hint = "".join(here) if len(urls) < len(tried) else ""
-    raise DatasetError(f"{file} cannot be got:{why}\n  Put it at {target}, or name a mirror: BSAP_BASE_URL.{hint}")
+    lines = [f"{file} cannot be got:", *tried.values(), f"Put it at {target}, or name a mirror: BSAP_BASE_URL."]
+    raise DatasetError("\n  ".join(lines))
 
 
-def install(archive: Path, wanted: str, place: Path, accept: Callable[[Path], Any]) -> None:
-    """Move the files of an archive whose names match `wanted` to `place`, if `accept` takes the folder they are in.
-
-    Nothing gets out of that folder: zipfile keeps in it what would lead out, tarfile's data filter refuses it.
-    """
-    is_zip = archive.suffix == ".zip"
-    opener: Any = zipfile.ZipFile if is_zip else tarfile.open
+def install(place: Path, accept: Callable[[Path], Any], archive: Path) -> None:
+    """Move the files of an archive whose names match WANTED to `place`, if `accept` takes the folder they are in."""
+    opener: Any = zipfile.ZipFile if (is_zip := archive.suffix == ".zip") else tarfile.open
     with TemporaryDirectory(prefix=PART, dir=archive.parent) as folder:
         with reading(archive, "a whole archive that is safe to unpack"), opener(archive) as opened:
-            if sum(m.file_size if is_zip else m.size for m in (opened.infolist() if is_zip else opened)) > LIMIT:
+            sizes = [one.file_size for one in opened.infolist()] if is_zip else [one.size for one in opened]
+            if sum(sizes) > LIMIT:
                 raise ValueError(f"unpacks to more than {LIMIT:,} bytes")
-            opened.extractall(folder, **({} if is_zip else {"filter": "data"}))
+            opened.extractall(folder, **({} if is_zip else {"filter": "data"}))  # neither lets anything out
         staged = Path(folder, "new", place.name)
         staged.mkdir(parents=True)
         for path in Path(folder).rglob("*"):
-            if re.fullmatch(wanted, path.name) and path.is_file() and not path.is_symlink():
+            if re.fullmatch(WANTED, path.name) and path.is_file() and not path.is_symlink():
                 path.rename(staged / path.name)
         accept(staged)
         for path in staged.iterdir():
@@ -124,62 +115,46 @@ def get(name: str, splits: list[str], root: Path, base_url: str | None = None, i
         raise DatasetError(f"{name} {','.join(splits)}: there are {SPLITS} and clip-scores.")
     pooch.get_logger().setLevel("ERROR")
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(root)
+    for left in root.rglob(f"{PART}????????"):  # by downloads that were killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     if name == "clip-scores":
         return get_scores(folder, base_url)
     if not (folder / "instances.json").is_file() or not [*folder.glob("refs(*).p")]:
-        unpack = partial(install, wanted=r"instances\.json|refs\(\w+\)\.p", place=folder,
-                         accept=lambda staged: load_refer(staged.parent, name))  # fmt: skip
+        unpack = partial(install, folder, lambda staged: load_refer(staged.parent, name))
         if why := problem(fetch, f"{name}.zip", root / f"{name}.zip", base_url, unpack):
-            print(f"{why}\nLists of expressions and boxes take its place: they are enough for REC with detections, but not "
-                  "for PROPOSALS gt, categories, or masks (04).", flush=True)  # fmt: skip
+            print(f"{why}\nLists take its place: enough for REC with detections, not for PROPOSALS gt or masks.")
             for file in (f"{name}_{split}.json" for split in splits):
                 fetch(file, folder / file, base_url, read_json)
     ds, asked = load_refer(root, name), read_json(record) if record.is_file() else {}
     write_file(record, json.dumps(asked | {name: sorted({*splits, *asked.get(name, [])})}).encode())
     if not boxes.is_file():
-        unpack = partial(install, wanted=r"refcoco(\+|g|)_dets_dict\.json", place=root,
-                         accept=lambda staged: from_boxes(ds, staged / boxes.name))  # fmt: skip
+        unpack = partial(install, root, lambda staged: from_boxes(ds, staged / boxes.name))
         if why := problem(fetch, "reclip_data.tar.gz", root / "reclip_data.tar.gz", base_url, unpack):
             lacking = [f"{why}\n  Without detections only PROPOSALS gt can be evaluated."]
     return lacking + get_pictures(ds.select(split=splits), base_url, images)
-
-
-def sweep(root: Path) -> None:
-    """Remove the `.part-` folders of processes that were killed."""
-    for left in root.rglob(".part-[0-9]*-????????"):
-        try:
-            os.kill(int(left.name.split("-")[1]), 0)  # only asks whether the process is there
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-        except PermissionError:  # it is, and another user's
-            pass
 
 
 def get_scores(folder: Path, base_url: str | None) -> list[str]:
     """Fetch two sets of real CLIP features; the second is a torch file, read without running anything in it."""
 
     def repack(path: Path) -> None:
-        with reading(path, "a torch file with img_features and text_features"):
-            found = torch.load(path, weights_only=True, map_location="cpu")
-            images, texts = (found[key].float().numpy() for key in ("img_features", "text_features"))
-        write_file(folder / "things_vith14.npz", lambda part: np.savez_compressed(part, images=images, texts=texts))
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        np.savez_compressed(path, images=found["img_features"].float(), texts=found["text_features"].float())
 
     fetch("features_clip.npy", folder / "coco_val2017_vitb16.npy", base_url, np.load)
     if not (folder / "things_vith14.npz").is_file():
-        with TemporaryDirectory(prefix=PART, dir=folder) as part:
-            fetch("ViT-H-14_features_test.pt", Path(part, "features.pt"), base_url, repack)
+        fetch("ViT-H-14_features_test.pt", folder / "things_vith14.npz", base_url, repack)
     return []
 
 
 def get_pictures(ds: ReferDataset, base_url: str | None, images: Path | None) -> list[str]:
     """Link or fetch the pictures that are not there and whole; return what could not be got, a line each."""
-    folders = [images / sub for sub in ("", "train2014", "train2017", "val2017")] if images else []
+    coco = {path.name[-16:]: path for path in images.rglob("*.jpg")} if images else {}  # 2017 has numbers only as names
 
     def get_one(image_id: int) -> str:
         path, whole = ds.image_path(image_id), lambda file: replace(ds, image_root=file.parent).load_image(image_id)
-        sources = [folder / name for folder in folders for name in (path.name, path.name.rpartition("_")[2])]
-        if not path.is_file() and (source := next(filter(Path.is_file, sources), None)):
+        if not path.is_file() and (source := coco.get(path.name[-16:])):
             path.unlink(missing_ok=True)  # a link to nowhere
             path.symlink_to(source.resolve())
         if not problem(whole, path):
@@ -190,57 +165,41 @@ def get_pictures(ds: ReferDataset, base_url: str | None, images: Path | None) ->
     lacking, missing = list[str](), len(ds.missing_images())
     ids = sorted(ds.images.index, key=lambda image_id: ds.image_path(image_id).is_file())  # missing ones first
     ds.image_root.mkdir(parents=True, exist_ok=True)
-    print(f"{ds.name}: {len(ds.images):,} pictures, {missing:,} to get, about {missing * 0.165:,.0f} MB", flush=True)
-    if shutil.disk_usage(ds.image_root).free < missing * 165_000:
-        raise DatasetError("The disk has not so much left. Free some, or choose another --root.")
-    pool = ThreadPoolExecutor(WORKERS)
-    try:
-        for number, why in enumerate(tqdm(pool.map(get_one, ids), "pictures", len(ids), leave=False), 1):
-            lacking += [why] if why else []
-            if len(lacking) == number >= WORKERS:  # nothing answers: thousands of time-outs would tell no more
-                return [why, f"{missing:,} pictures could not be got: name a COCO folder with --images."]
-    finally:  # Ctrl-C, too: what has not begun does not begin
-        pool.shutdown(wait=False, cancel_futures=True)
+    print(f"{ds.name}: {len(ids):,} pictures, {missing:,} to get, about {missing * 0.165:,.0f} MB", flush=True)
+    got = ThreadPoolExecutor(WORKERS).map(get_one, ids)  # which cancels what has not begun when the loop is left
+    for number, why in enumerate(tqdm(got, "pictures", len(ids), leave=False), 1):
+        lacking += [why] if why else []
+        if len(lacking) == number >= WORKERS:  # nothing answers: thousands of time-outs would tell no more
+            return [why, f"{missing:,} pictures could not be got: name a COCO folder with --images."]
     return lacking
 
 
 def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
-    """One row for each split of all data sets in `folder` (or of the one it is), and all that is wrong, one line each.
-
-    A split counts where it was asked of `get` or, in a data set of which nothing was, where one of its pictures is here.
-    """
+    """Return a row for each split of all data sets in `folder` (or of the one it is), and all that is wrong, a line each."""
     folder, rows, wrong = Path(folder).resolve(), [], []
-    marks = re.compile(r"instances\.json|expressions\.csv|.+_(train|val|test\w*)\.json")
-    places = {path.parent for up in ("*", "*/*") for path in folder.glob(up) if marks.fullmatch(path.name)}
-    for root, name in sorted((place.parent, place.name) for place in places):
-        asked = read_json(root / "asked.json") if (root / "asked.json").is_file() else {}
+    for place in [folder, *sorted(folder.glob("*/"))]:
         try:
-            ds = load_refer(root, name)
+            ds = load_refer(root := place.parent, place.name)
         except DatasetError as error:
-            wrong.append(str(error))
+            wrong += [str(error)] * ("no such file" not in str(error))  # else it is no data set
             continue
+        asked = read_json(root / "asked.json") if (root / "asked.json").is_file() else {}
         for split in ds.splits:
-            row, bad, here = look(ds.select(split=split), root)
-            rows.append({"data set": name, "split": split} | row)
-            if split in asked[name] if name in asked else here:
-                wrong += [f"{name} {split}: {why}" for why in bad]
+            part = ds.select(split)
+            bad = [why for image_id in part.images.index if (why := problem(part.load_image, image_id))]
+            here, masks = len(part.images) - len(bad), part.annotations.loc[part.expressions["ann_id"], "segmentation"]
+            row = {"data set": ds.name, "split": split, "expressions": len(part.expressions)}
+            row["pictures"] = f"{here:,} of {len(part.images):,}" if bad else "complete"
+            row["targets with mask"] = f"{masks.notna().mean():.0%}"
+            for source in ("detections", "rpn", "masks"):
+                why = problem(load_candidates, part, source, root)
+                row[source] = "none" if "No such file" in why else "wrong" if why else "there"
+                bad += [why] if row[source] == "wrong" else []
+            rows.append(row)
+            if split in asked.get(
+                ds.name, [split] if here else []
+            ):  # what was asked of `get`, else what is partly here
+                wrong += [f"{ds.name} {split}: {why}" for why in bad]
     if not any(row["pictures"] == "complete" for row in rows):
         wrong.append(f"{folder}: no split is complete. Get one with `bsap data get NAME --split SPLIT`.")
     return pd.DataFrame(rows), wrong
-
-
-def look(ds: ReferDataset, root: Path) -> tuple[dict[str, Any], list[str], int]:
-    """A row of `check` for one split, what is wrong with it, and how many of its pictures are there and whole."""
-    bad = [why for image_id in ds.images.index if (why := problem(ds.load_image, image_id))]
-    here = len(ds.images) - len(bad)
-    masks = ds.annotations.loc[ds.expressions["ann_id"].unique(), "segmentation"].notna()
-    row: dict[str, Any] = {"images": len(ds.images), "expressions": len(ds.expressions)}
-    row["pictures"] = f"{here:,} of {len(ds.images):,}" if bad else "complete"
-    row["targets with mask"] = f"{masks.mean():.0%}" + " (04 needs all)" * (not masks.all())
-    for kind, read in (("dets_dict", from_boxes), ("rpn_dict", from_boxes), ("masks", from_masks)):
-        path = root / f"{ds.name}_{kind}.json"
-        why = problem(read, ds, path) if path.is_file() else ""
-        row[kind] = "wrong" if why else "there" if path.is_file() else "none"
-        bad += [why] if why else []
-    row["touched up"] = ", ".join(f"{count:,} {what}" for what, count in ds.counts.items() if count) or "nothing"
-    return row, bad, here

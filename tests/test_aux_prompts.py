@@ -45,7 +45,7 @@ def test_a_file_of_ones_own(tmp_path):
     bank.write_text("\ufeffa dog \n\na cat\na dog\n", encoding="utf-8")
     assert auxiliary_prompts(str(bank)) == ["a dog", "a cat"]
     bank.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match="UTF-8"):
+    with pytest.raises(ValueError, match="utf-8"):
         auxiliary_prompts(str(bank))
     bank.write_text("\n \n")
     with pytest.raises(ValueError, match="has 0 prompts"):
