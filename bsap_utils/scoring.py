@@ -264,10 +264,9 @@ class ClipScorer:
         return torch.stack([self._texts[text] for text in filled])
 
     def _encode_tokens(self, texts: list[str]) -> Tensor:
-        length = self.tokenizer.context_length
-        last = self.tokenizer([*texts, ""], context_length=length + 1)[:, -1]  # of the empty text: padding
+        last = self.tokenizer([*texts, ""], context_length=self.tokenizer.context_length + 1)[:, -1]  # of "": padding
         if truncated := int((last != last[-1]).sum()):
-            warnings.warn(f"{truncated} of {len(texts)} texts are longer than {length} tokens: cut off.", stacklevel=3)
+            warnings.warn(f"{truncated} of {len(texts)} texts are too long for the model: cut off.", stacklevel=3)
         features = self._in_batches(lambda part: self.model.encode_text(part.to(self.device)), self.tokenizer(texts))
         return normalize(features, dim=-1).cpu()
 
@@ -298,7 +297,7 @@ class ClipScorer:
         groups = [jobs[start : start + step] for start in range(0, len(jobs), step)]
 
         def load(job: tuple[int, pd.Series]) -> tuple[Tensor, Tensor, Tensor]:
-            image, masks = read_image(ds, job[0], self.device), np.zeros((len(job[1]), 0))
+            image, masks = read_image(ds, job[0], self.device), np.zeros((len(job[1]), 0), bool)
             if masked:
                 masks = decode_masks(candidates["segmentation"].iloc[job[1]], *image.shape[1:])
             return image, torch.from_numpy(masks).to(self.device), torch.tensor(job[1].to_numpy())

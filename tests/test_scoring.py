@@ -151,7 +151,7 @@ def test_the_logits_of_an_ensemble_are_the_mean_of_its_models(few, regions, tiny
 
 def test_truncation_is_said_once_with_its_count(tiny):
     long = ["star " * 40, "fish " * 40, "key"]
-    with pytest.warns(UserWarning, match="2 of 3 texts are longer than 16 tokens: cut off") as said:
+    with pytest.warns(UserWarning, match="2 of 3 texts are too long for the model: cut off") as said:
         tiny.encode_texts(long)
     assert len(said) == 1
     with warnings.catch_warnings():
