@@ -7,16 +7,16 @@ SOURCE is a folder (pictures, parquet with image bytes, WebDataset's tars) or on
     auxiliary.parquet    text, feature: the bank behind the bias; embedding.json says what made them
 
 An id is the path in SOURCE, a tar member's name without suffix, or a parquet column `id`, `image_id`, `key` or `__key__`,
-else file and row. Ray's own readers would end at the first broken picture or member, and know only names in UTF-8.
+else file and row. Hidden files and linked folders are left out. Ray's own readers would end at the first broken picture.
 """
 
-import importlib.util
+import hashlib
 import json
 import os
 import tarfile
 import time
 from collections.abc import Iterator
-from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,106 +40,77 @@ IDS = ["id", "image_id", "key", "__key__"]
 ROWS, LARGEST = 256, 200_000_000  # images decoded at a time, 37 MiB of pixels at 224 x 224; bytes of a picture in a tar
 
 
-def text_of(name: Any, otherwise: str) -> str:
-    """An id as text: 581857.0 is "581857", b"a" is "a"; `otherwise` where there is none, or one of over 1,000 letters."""
-    name = int(name) if isinstance(name, float) and name.is_integer() else name
-    text = os.fsencode(name if isinstance(name, bytes) else str(name)).decode("utf-8", "backslashreplace")
-    return otherwise if pd.isna(name) or not 0 < len(text) <= 1000 else text
-
-
-def walk(folder: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Path | None]:
-    """The files of a folder in the order of their names, linked folders followed (loops once); None for what is left out."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name.lower() in ("__macosx", "@eadir", "thumbnails"):
-            yield None
-        elif path.is_dir():
-            here = path.resolve()
-            yield from [None] if here in seen else walk(path, seen | {here})
-        else:
-            yield path if path.suffix.lower() in PICTURES | {".tar", ".parquet"} and path.is_file() else None
+def text_of(name: Any) -> str:
+    """A name as text that Ray and parquet can hold, also where it is bytes or not in UTF-8."""
+    return os.fsencode(name if isinstance(name, bytes) else str(name)).decode("utf-8", "backslashreplace")
 
 
 def files_to_read(source: Path, out: Path) -> list[str]:
     """Path, name in `source`, stamp and ids in `out` of each file that is not done, as JSON: Ray knows only UTF-8."""
-    done, files = {}, []
+    done, files, root = {}, [], source if source.is_dir() else source.parent
     if any((out / "features").glob("*.parquet")):
         table = pd.read_parquet(out / "features", columns=["id", "source", "stamp"])
         done = table.groupby(["source", "stamp"])["id"].agg(list).to_dict()
-    found: list[Path | None] = [source] if source.is_file() else [*walk(source, frozenset({source}))]
-    root = source.parent if source.is_file() else source
-    for path in filter(None, found):
-        name, about = path.relative_to(root).as_posix(), path.stat()
-        key = text_of(name, name[-1000:]), f"{about.st_size}-{about.st_mtime_ns}"
-        if key not in done or path.suffix.lower() not in PICTURES:
-            files.append(json.dumps([str(path), *key, done.get(key, [])]))
-    print(f"{source}: {len(files):,} files to read, {sum(map(len, done.values())):,} pictures done; "
-          f"{found.count(None):,} others left aside", flush=True)  # fmt: skip
+    for path in sorted([source, *source.rglob("*")]):
+        name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
+        if suffix in PICTURES | {".tar", ".parquet"} and "/." not in f"/{name}" and path.is_file():
+            key = text_of(name), f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
+            if key not in done or suffix not in PICTURES:
+                files.append(json.dumps([str(path), *key, dict.fromkeys(done.get(key, []))]))
+    print(f"{source}: {len(files):,} files to read, {sum(map(len, done.values())):,} pictures done", flush=True)
     return files
 
 
-def pictures_of(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Id (None: none) and content of the pictures of a file: its path, bytes, or the error of one member of a tar."""
-    if path.suffix.lower() == ".tar":
-        with tarfile.open(path, ignore_zeros=True) as archive:
-            for member in archive:
-                if member.isfile() and Path(member.name).suffix.lower() in PICTURES:
-                    try:
-                        content: Any = archive.extractfile(member).read(LARGEST)  # type: ignore[union-attr]
-                    except (tarfile.TarError, OSError) as error:
-                        content = error
-                    yield member.name.rpartition(".")[0], content
-    elif path.suffix.lower() == ".parquet":
-        file = pq.ParquetFile(path)
-        if not {"image", "bytes"} & {*file.schema_arrow.names}:
-            raise ValueError("it has no column image or bytes")
-        for batch in file.iter_batches(ROWS, columns=["image", "bytes", *IDS]):
-            for row in batch.to_pylist():
-                content = row["image"] if "image" in row else row["bytes"]
-                content = content["bytes"] if isinstance(content, dict) else content  # Hugging Face's struct
-                yield next((row[key] for key in IDS if key in row), None), content
-    else:
-        yield None, path
-
-
-def rows_of(files: list[str]) -> Iterator[tuple]:
-    """Id, source, stamp and content of all pictures of `files` that are not done; what breaks off ends in an error."""
-    for path, source, stamp, ids in map(json.loads, files):
-        done = set(ids)
-        try:
-            for number, (name, content) in enumerate(pictures_of(Path(path))):
-                key = source if isinstance(content, Path) else text_of(name, f"{Path(source).stem}-{number:09d}")
-                if key not in done:
-                    yield key, source, stamp, content
-        except Exception as error:  # damaged tars and parquet raise nearly anything
-            yield "", source, stamp, error
-
-
-def decode(row: tuple, size: Any, interpolation: str) -> dict[str, Any]:
-    """Id, source, stamp, error and pixels of a row: upright, squashed to the model's square, uint8 [3, S, S]; else black."""
-    about, pixels = dict(zip(("id", "source", "stamp", "error"), (*row[:3], ""), strict=True)), row[3]
+def pictures_of(path: Path, source: str) -> Iterator[tuple[str, Any]]:
+    """Id and content of each picture of a file: its path, its bytes, or at last the error that broke the file off."""
     try:
-        if isinstance(pixels, Exception) or not pixels:
-            raise pixels or ValueError("no bytes")
-        return about | {"pixels": squash(pil_to_tensor(open_picture(pixels, upright=True)), size, interpolation)}
-    except Exception as error:  # of the reader or of a decoder
-        black = np.zeros((3, *np.broadcast_to(size, 2)), np.uint8)
-        return about | {"error": text_of(str(error), type(error).__name__), "pixels": black}
+        if path.suffix.lower() == ".tar":
+            with tarfile.open(path, ignore_zeros=True) as archive:  # goes on behind a broken header
+                for member in archive:
+                    if member.isfile() and Path(member.name).suffix.lower() in PICTURES:
+                        content: Any = archive.extractfile(member).read(LARGEST)  # type: ignore[union-attr]
+                        yield text_of(member.name.rpartition(".")[0]), content
+        elif path.suffix.lower() == ".parquet":
+            batches = pq.ParquetFile(path).iter_batches(ROWS, columns=["image", "bytes", *IDS])
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                content = row["image"] if "image" in row else row["bytes"]
+                name = next((row[key] for key in IDS if row.get(key) is not None), f"{path.stem}-{number:09d}")
+                yield text_of(name), content["bytes"] if isinstance(content, dict) else content  # Hugging Face's struct
+        else:
+            yield source, path
+    except Exception as error:  # damaged tars and parquet raise nearly anything
+        yield "", error
 
 
-def read(files: list[str], size: Any, interpolation: str) -> Iterator[dict[str, np.ndarray]]:
-    """Read and decode the pictures of `files` that are not done, ROWS at a time."""
-    rows = rows_of(files)
-    for part in ahead(partial(decode, size=size, interpolation=interpolation), iter(lambda: [*islice(rows, ROWS)], [])):
+def read(files: dict[str, Any], size: Any, interpolation: str) -> Iterator[dict[str, np.ndarray]]:
+    """Read of {"item": files} what is not done, ROWS rows at a time: id, source, stamp, error, pixels (black at an error)."""
+
+    def decode(row: tuple) -> dict[str, Any]:
+        error, content, pixels = "", row[3], np.zeros((3, *np.broadcast_to(size, 2)), np.uint8)
+        try:
+            if isinstance(content, Exception):
+                raise content
+            pixels = squash(pil_to_tensor(open_picture(content, upright=True)), size, interpolation).numpy()
+        except Exception as problem:  # of the file or of a decoder
+            error = text_of(f"{type(problem).__name__}: {problem}")
+        return {"id": row[0], "source": row[1], "stamp": row[2], "error": error, "pixels": pixels}
+
+    rows = (
+        (name, source, stamp, content)
+        for path, source, stamp, done in map(json.loads, files["item"])
+        for name, content in pictures_of(Path(path), source)
+        if name not in done
+    )
+    for part in ahead(decode, iter(lambda: [*islice(rows, ROWS)], [])):
         yield {name: np.stack([row[name] for row in part]) for name in part[0]}
 
 
 class Encoder:
-    """A scorer that replaces the pixels of a batch by feature and bias, in this process or as an actor of Ray."""
+    """Replaces the pixels of a batch by feature and bias, in this process or as an actor of Ray."""
 
-    def __init__(self, how: dict[str, Any], aux: torch.Tensor, temperature: float, weights: str) -> None:
-        self.scorer, self.aux, self.temperature = ClipScorer(**how, cache=False), aux, temperature
-        if self.scorer.weights_hash() != weights:
-            raise ValueError(f"{how['model']} has other weights on this node than where the job began.")
+    def __init__(self, model: str, pretrained: str, texts: list[str], temperature: float, device: str = "auto") -> None:
+        self.scorer, self.temperature = ClipScorer(model, pretrained, device, cache=False), temperature
+        self.aux = self.scorer.encode_texts(texts)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         scale, features = self.scorer.logit_scale, self.scorer.encode_images(torch.tensor(batch.pop("pixels")))
@@ -153,19 +124,30 @@ def over_ray(files: list[str], decoding: tuple, encoder: tuple, address: str) ->
     import ray
 
     if not ray.is_initialized():  # a cluster's nodes need what is in pyproject.toml; this package is sent to them
-        sent: dict[str, Any] = (
-            {"runtime_env": {"py_modules": [bsap_utils]}} if address else {"include_dashboard": False}
-        )
-        ray.init(address=address or "local", log_to_driver=False, **sent)
+        sent = {"py_modules": [bsap_utils]} if address else None
+        ray.init(address or "local", runtime_env=sent, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    actors = ray.data.ActorPoolStrategy(size=min(gpus or max(cpus // 2, 1), len(files)))
-    made = encoder[0] | {"device": "cuda" if gpus else "cpu"}, *encoder[1:]
-    work = ray.data.from_items([{"file": file} for file in files], override_num_blocks=min(len(files), 16 * cpus))
-    pixels = work.map_batches(lambda batch: read(batch["file"].tolist(), *decoding), batch_size=ROWS)
-    claims: dict[str, Any] = {"num_gpus": min(gpus, 1), "num_cpus": 0}  # CPUs are for the tasks that read
-    done = pixels.map_batches(Encoder, fn_constructor_args=made, batch_size=None, compute=actors, **claims)
+    actors = min(gpus or max(cpus // 2, 1), len(files))
+    claims: dict[str, Any] = {"concurrency": actors, "num_gpus": min(gpus, 1), "num_cpus": 0}  # CPUs are for reading
+    pixels = ray.data.from_items(files).map_batches(read, fn_args=decoding, batch_size=ROWS)  # type: ignore[arg-type]
+    done = pixels.map_batches(Encoder, fn_constructor_args=encoder, batch_size=None, **claims)
     yield from done.iter_batches(batch_size=None, batch_format="numpy")
+
+
+def write(out: Path, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, int]:
+    """Write each batch as a file of its own, whole or not at all; and errors.parquet at the end."""
+    errors, count, start = pd.DataFrame(columns=["id", "source", "error"]), 0, time.time_ns()
+    for number, batch in enumerate(batches):
+        frame = pd.DataFrame(batch | {"feature": list(batch["feature"])})
+        good = frame[frame["error"] == ""].drop(columns="error").reset_index(drop=True)
+        if len(good):
+            write_file(out / f"features/{start}-{number:06d}.parquet", good.to_parquet)
+        errors = pd.concat([errors, frame.loc[frame["error"] != "", list(errors)]], ignore_index=True)
+        count += len(good)
+        print(f"  {count:,} pictures, {len(errors):,} that cannot be read (errors.parquet)", flush=True)
+    write_file(out / "errors.parquet", errors.to_parquet)
+    return {"images": count, "errors": len(errors)}
 
 
 def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "openai", bank: str = "coco80",
@@ -175,44 +157,26 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
     With Ray it runs over the cluster at `address` (whose nodes see `source` and model under the same path), else over this
     machine; without Ray, or `local`, in this process. Raises ValueError, ModelError.
     """
-    source, out, ray_here = Path(source).resolve(), Path(out).resolve(), importlib.util.find_spec("ray") is not None
+    source, out = Path(source).resolve(), Path(out).resolve()
     if not source.exists() or out.is_relative_to(source):
         raise ValueError(f"{source}: no such file or folder, or {out} lies in it, which the next run would read.")
-    if address and not ray_here:
-        raise ValueError("A cluster needs Ray: pip install 'bsap-utils[scale]'. Without --address it runs here.")
-    how: dict[str, Any] = {"model": model, "pretrained": pretrained}
-    in_process = local or not ray_here
-    scorer = ClipScorer(**how, device="auto" if in_process else "cpu", cache=False)
+    with_ray = address or (find_spec("ray") and not local)
     texts = [TEMPLATE.format(text.lower()) for text in auxiliary_prompts(bank)]
-    aux, weights = scorer.encode_texts(texts), scorer.weights_hash()
-    made = how | {"pretrained": scorer.pretrained, "weights": weights, "logit_scale": scorer.logit_scale}
-    made |= {"bank": bank, "temperature": temperature, "texts": len(texts)}
+    how = model, pretrained, texts, temperature
+    encoder = Encoder(*how, "cpu" if with_ray else "auto")
+    scorer, digest = encoder.scorer, hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    made = {"model": model, "pretrained": scorer.pretrained, "weights": scorer.weights_hash(), "bank": bank}
+    made |= {"bank_sha256": digest, "temperature": temperature, "logit_scale": scorer.logit_scale}
     before = read_json(out / "embedding.json") if (out / "embedding.json").exists() else made
     if differ := [key for key in made if before.get(key) != made[key]]:
         raise ValueError(f"{out} was made with another {', '.join(differ)}: pass the same, or another folder.")
-    files = files_to_read(source, out)
+    files, decoding = files_to_read(source, out), (scorer.image_size, scorer.interpolation)
     write_file(out / "embedding.json", json.dumps(made | {"version": bsap_utils.__version__}, indent=1).encode())
-    write_file(out / "auxiliary.parquet", pd.DataFrame({"text": texts, "feature": list(aux.numpy())}).to_parquet)
-    decoding, encoder = (scorer.image_size, scorer.interpolation), (how, aux, temperature, weights)
-    if files and not in_process:
-        return write(out, over_ray(files, decoding, encoder, address))
-    return write(out, map(Encoder(*encoder), read(files, *decoding)))
-
-
-def write(out: Path, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, int]:
-    """Write each batch as a file of its own, whole or not at all; and errors.parquet at the end."""
-    errors, count, start = [pd.DataFrame(columns=["id", "source", "error"])], 0, time.time_ns()
-    for number, batch in enumerate(batches):
-        frame = pd.DataFrame(batch | {"feature": list(batch["feature"])})
-        good, bad = frame[frame["error"] == ""].drop(columns="error"), frame[frame["error"] != ""]
-        if len(good):
-            write_file(out / f"features/{start}-{number:06d}.parquet", good.reset_index(drop=True).to_parquet)
-        errors.append(bad[["id", "source", "error"]])
-        count += len(good)
-        print(f"  {count:,} pictures, {sum(map(len, errors)):,} that cannot be read (errors.parquet)", flush=True)
-    wrong = pd.concat(errors, ignore_index=True)
-    write_file(out / "errors.parquet", wrong.to_parquet)
-    return {"images": count, "errors": len(wrong)}
+    auxiliary = pd.DataFrame({"text": texts, "feature": list(encoder.aux.numpy())})
+    write_file(out / "auxiliary.parquet", auxiliary.to_parquet)
+    if with_ray and files:
+        return write(out, over_ray(files, decoding, how, address))
+    return write(out, map(encoder, read({"item": files}, *decoding)))
 
 
 def read_features(out: Path | str) -> tuple[list[str], torch.Tensor, torch.Tensor]:

@@ -10,13 +10,13 @@ middle) multiplies the softmax of the whole expression. In front is below, behin
 import re
 from collections import namedtuple
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from torch import Tensor
 
 from .datasets import XYWH
@@ -55,11 +55,11 @@ def parse(text: str, parser: Any = None) -> Phrase:
     for match, name in sorted(found, key=lambda one: one[0].span()):
         head, other = text[: match.start()], text[match.end() :]
         if parser:  # what hangs on the relation's last word is the other phrase, all else is the head's
-            doc = parser(text)
-            below = {token.i for token in [token for token in doc if token.idx < match.end()][-1].subtree}
-            later = [token for token in doc if token.idx >= match.end()]
-            head = " ".join([head, *(token.text for token in later if token.i not in below)])
-            other = " ".join(token.text for token in later if token.i in below)
+            words = list(parser(text))
+            later = [token for token in words if token.idx >= match.end()]
+            below = [token for token in words[-len(later) - 1].subtree if token in later]
+            head = " ".join([head, *(token.text for token in later if token not in below)])
+            other = " ".join(token.text for token in below)
         tree = parse(other, parser)
         if tree.text or tree.superlatives:
             whole = parse(head, parser)
@@ -77,23 +77,22 @@ def _texts(tree: Phrase) -> list[str]:
 
 def phrase_pairs(trees: list[Phrase], pairs: Pairs) -> tuple[list[str], Pairs]:
     """Return the phrases of expressions with words of place, and their pairs with candidates, to be scored as any other."""
-    start = np.r_[0, pairs.expression.bincount().cumsum(0).numpy()]
-    placed = ((rows, tree) for rows, tree in zip(pairwise(start), trees, strict=True) if any(tree[1:]))
-    phrases = [(text, np.arange(*rows)) for rows, tree in placed for text in _texts(tree)]
-    rows = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *(rows for _, rows in phrases)]))
+    parts = torch.arange(len(pairs)).split(pairs.expression.bincount().tolist())
+    phrases = [(text, own) for own, tree in zip(parts, trees, strict=True) if any(tree[1:]) for text in _texts(tree)]
     number = torch.tensor([number for number, (_, rows) in enumerate(phrases) for _ in rows], dtype=torch.long)
+    rows = torch.cat([number[:0], *(rows for _, rows in phrases)])
     return [text for text, _ in phrases], Pairs(number, pairs.candidate[rows], pairs.image[rows], pairs.iou[rows])
 
 
 def relate(scores: Tensor, of_phrases: Tensor, trees: list[Phrase], pairs: Pairs, candidates: pd.DataFrame) -> Tensor:
     """Return scores [P] with words of place, from the same method's of `phrase_pairs`; without such words to the bit."""
-    boxes, result = candidates[XYWH].to_numpy(float)[pairs.candidate], scores.double().numpy().copy()
-    start, rest = np.r_[0, pairs.expression.bincount().cumsum(0).numpy()], iter(of_phrases.tolist())
-    for (low, high), tree in zip(pairwise(start), trees, strict=True):
+    boxes, rest = candidates[XYWH].to_numpy(float)[pairs.candidate], iter(of_phrases.tolist())
+    parts, result = torch.arange(len(pairs)).split(pairs.expression.bincount().tolist()), scores.double().clone()
+    for own, tree in zip(parts, trees, strict=True):
         if any(tree[1:]):
-            p = _distribution(tree, boxes[low:high], rest)
-            result[low:high] = log_softmax(result[low:high]) + np.log(p + 1e-12)
-    return torch.from_numpy(result)
+            p = torch.from_numpy(_distribution(tree, boxes[own], rest))
+            result[own] = result[own].log_softmax(0) + (p + 1e-12).log()
+    return result
 
 
 def _distribution(tree: Phrase, boxes: np.ndarray, rest: Iterator[float]) -> np.ndarray:
