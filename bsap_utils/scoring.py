@@ -60,7 +60,8 @@ def hub_problem() -> str:
     try:  # once: open_clip would have it tried for half a minute
         hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=3)
     except Exception as error:  # also for addresses and proxies that are none, and certificates that are not there
-        return f"{hub.constants.ENDPOINT} cannot be reached ({error})"
+        settings = "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE or HF_ENDPOINT"
+        return f"{hub.constants.ENDPOINT} cannot be reached ({error}). Where there is a network, is {settings} wrong?"
     return ""
 
 

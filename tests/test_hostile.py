@@ -197,7 +197,7 @@ def test_a_terminal_that_cannot_print(tmp_path):
 
 
 def test_broken_network_settings_are_a_sentence_that_names_them():
-    broken = {"ALL_PROXY": "socks://127.0.0.1:1", "SSL_CERT_FILE": "/nowhere.pem", "HF_ENDPOINT": "http://[::1"}
+    broken = {"ALL_PROXY": "socks://127.0.0.1:1", "SSL_CERT_FILE": "/nowhere.pem", "HF_ENDPOINT": "http://127.0.0.1:1"}
     command = [sys.executable, "-m", "bsap_utils.cli", "doctor"]
     how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     begun = {name: subprocess.Popen(command, env={**os.environ, name: broken[name]}, **how) for name in broken}
