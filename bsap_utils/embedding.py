@@ -119,7 +119,7 @@ class Encoder:
 
 
 def over_ray(files: list[str], decoding: tuple, encoder: tuple, address: str) -> Iterator[dict[str, np.ndarray]]:
-    """Read in tasks and encode in a pool of actors, one a GPU, else one for two CPUs: each picture once, in any order."""
+    """Read in tasks on the CPUs, encode in a pool of actors, one a GPU, else one for two CPUs: each picture once, any order."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
     import ray
 
@@ -128,10 +128,10 @@ def over_ray(files: list[str], decoding: tuple, encoder: tuple, address: str) ->
         ray.init(address or "local", runtime_env=sent, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-    actors = min(gpus or max(cpus // 2, 1), len(files))
-    claims: dict[str, Any] = {"concurrency": actors, "num_gpus": min(gpus, 1), "num_cpus": 0}  # CPUs are for reading
-    pixels = ray.data.from_items(files).map_batches(read, fn_args=decoding, batch_size=ROWS)  # type: ignore[arg-type]
-    done = pixels.map_batches(Encoder, fn_constructor_args=encoder, batch_size=None, **claims)
+    actors: dict = {"concurrency": min(gpus or max(cpus // 2, 1), len(files)), "num_gpus": min(gpus, 1), "num_cpus": 0}
+    # batches of a size would be waited for, so that few files were read by one task
+    pixels = ray.data.from_items(files).map_batches(read, fn_args=decoding, batch_size=None)  # type: ignore[arg-type]
+    done = pixels.map_batches(Encoder, fn_constructor_args=encoder, batch_size=None, **actors)
     yield from done.iter_batches(batch_size=None, batch_format="numpy")
 
 
