@@ -39,11 +39,10 @@ def _picks(pairs: Pairs, scores: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarr
     return rows, pairs.image[rows[0]].numpy()
 
 
-def _measures(parts: dict[str, np.ndarray], images: np.ndarray, seed: int, divisors: Mapping[str, np.ndarray] | None = None,
-              draws: int = 10_000) -> pd.DataFrame:  # fmt: skip
+def _measures(parts: dict, images: np.ndarray, seed: int, draws: int = 10_000, **divisors: np.ndarray) -> pd.DataFrame:
     """A row a method: mean of each part [E, K], or Σ part / Σ divisor, differences to the first, and intervals, in percent."""
     above = np.concatenate([*parts.values()], 1)
-    below = np.concatenate([(divisors or {}).get(name, np.ones_like(part)) for name, part in parts.items()], 1)
+    below = np.concatenate([divisors.get(name, np.ones_like(part)) for name, part in parts.items()], 1)
     every = np.vstack([above.sum(0) / below.sum(0), resampled(above, images, below, draws, seed)])
     every = every.reshape(len(every), len(parts), -1)
     every = np.concatenate([every, every - every[:, :, :1]], 1)  # [1 + draws, measures, K]
@@ -98,8 +97,8 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     rows, images = _picks(pairs, {**scores, "oracle": pairs.iou})
     shared, union, iou = (values[rows].double().numpy().T for values in (pairs.intersection, pairs.union, pairs.iou))
     precisions = {f"p{t}": (iou >= t / 100).astype(np.float64) for t in range(50, 100, 10)}
-    unions = {"oiou": np.maximum(union, 1e-9)}  # nothing but empty masks: oIoU 0
-    table = _measures({"oiou": shared, "miou": iou, **precisions}, images, seed, unions)
+    union = np.maximum(union, 1e-9)  # nothing but empty masks: oIoU 0
+    table = _measures({"oiou": shared, "miou": iou, **precisions}, images, seed, oiou=union)
     table = table.loc[:, ~table.columns.str.startswith("delta_p")]
     table = table.rename(columns={f"delta_{name}": f"delta_{name}_vs_clip" for name in ("oiou", "miou")})
     p = sign_flip_p(iou - iou[:, :1], images, seed=seed)  # the oracle is no method, and without p_holm
@@ -140,10 +139,8 @@ def recall_table(scores: Mapping[str, Tensor], relevant: Tensor, seed: int = 0, 
     return _table(setting, scores, len(rank), table)
 
 
-def accuracy_by(
-    pairs: Pairs, scores: Mapping[str, Tensor], groups: pd.Series | pd.DataFrame, seed: int = 0
-) -> pd.DataFrame:
-    """Return accuracy in slices of the expressions: `groups` has a row an expression, in each column its slice.
+def accuracy_by(pairs: Pairs, scores: Mapping[str, Tensor], groups: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return accuracy in slices of the expressions: `groups`, or one Series, has a row an expression, in a column its slice.
 
     Columns aspect, slice, method, n, accuracy, ci_low, ci_high, delta_vs_clip, delta_ci_low, delta_ci_high (percent; to
     the first method; intervals resample images, as in `rec_table`).
