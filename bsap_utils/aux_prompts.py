@@ -21,10 +21,9 @@ EXPRESSIONS = 256  # drawn unless a size is given: the train expressions of RefC
 def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | None = None, seed: int = 0) -> list[str]:
     """Return the distinct prompts of a bank: one of `BANKS`, or the path of a text file with one prompt a line.
 
-    `ds` is the whole data set, for the banks made from it: `categories` are its category names, `attributes` those
-    with each basic colour, `expressions` those of its train split in lower case. `size` draws that many prompts at random
-    by `seed`, in the bank's order; None keeps all (256 of `expressions`). Raises ValueError for an unknown or empty bank
-    or one smaller than `size`, DatasetError for `expressions` without a train split.
+    `ds` is the whole data set, for the banks made from it: `categories` are its category names, `attributes` those with each
+    basic colour, `expressions` those of its train split in lower case. `size` draws that many prompts at random by `seed`, in
+    the bank's order; None keeps all (256 of `expressions`). ValueError for an unknown or too small bank, or no train split.
 
     >>> auxiliary_prompts("generic", size=2, seed=1)
     ['a picture', 'a blurry photo']

@@ -128,8 +128,7 @@ def load_refer(
     image_root = Path(image_root or (own if own.is_dir() else Path(root) / "images/mscoco/images/train2014"))
     tables = sorted([*folder.glob("expressions.csv")] or folder.glob(f"{dataset}_*.json"))
     if not refs.is_file() and not tables:
-        advice = f"pass as root the folder above {dataset}, or another split_by (SPLIT_BY)"
-        raise DatasetError(f"{refs}: no such file. Run `bsap data get {dataset}`, {advice}.")
+        raise DatasetError(f"{refs}: no such file. Run `bsap data get {dataset}`, or pass another root or split_by.")
     with reading(folder, "a data set as data/README.md describes it"):
         if refs.is_file():
             images, annotations, expressions = *_read_instances(instances), _read_refs(refs)

@@ -1,8 +1,7 @@
 """Candidate regions, and the table of pairs that everything later stands on.
 
-A frame of candidates has one row a candidate, in the order of `ds.images`, each of which has at least one: image_id, x, y,
-w, h (pixels) and, where known, ann_id, score, segmentation (a mask in every row); `frame.attrs["counts"]` says what was
-clipped, left out or added.
+A frame of candidates has one row a candidate, in the order of `ds.images`, each of which has at least one: image_id, x, y, w, h
+(pixels) and, where known, ann_id, score, segmentation (a mask in every row); `frame.attrs["counts"]` says what was changed.
 """
 
 from __future__ import annotations
@@ -185,15 +184,6 @@ def mask_areas(masks: Sequence[dict]) -> np.ndarray:
     return np.array([coco.area(mask) for mask in masks], dtype=np.int64)  # of over 255 at once pycocotools fails
 
 
-def suppress(masks: Sequence[dict], threshold: float) -> np.ndarray:
-    """Return which of `masks` (RLE of one image, best first) have no better one that stays with IoU > threshold: [N]."""
-    overlaps = np.reshape(coco.iou(masks, masks, [0] * len(masks)), (len(masks), len(masks))) > threshold
-    stays = np.ones(len(masks), dtype=bool)
-    for i in range(len(masks)):
-        stays[i + 1 :] &= ~(stays[i] & overlaps[i, i + 1 :])
-    return stays
-
-
 def _all_rles(ds: ReferDataset, frame: pd.DataFrame, source: str) -> list[dict]:
     """Return the masks of a frame's rows as compressed RLE. Raises DatasetError that names `source` and the row."""
     rles, sizes = [], ds.images.loc[frame["image_id"], ["height", "width"]].to_numpy()
@@ -210,9 +200,8 @@ def _read_results(ds: ReferDataset, path: str | Path, bbox: Any) -> tuple[pd.Dat
         if isinstance(content, dict):
             content = [{"image_id": key, "bbox": box} for key, boxes in content.items() for box in boxes]
         content = [{**entry, "image_id": ids.get(entry["image_id"], entry["image_id"])} for entry in content]
-        kinds = {"score": object, "segmentation": object}
-        frame = datasets.read_table(content, f"{path}: entries", image_id=int, bbox=bbox, **kinds)
-        frame = frame.astype({"score": float})
+        kinds = {"image_id": int, "bbox": bbox, "score": object, "segmentation": object}
+        frame = datasets.read_table(content, f"{path}: entries", **kinds).astype({"score": float})
     outside = ~frame["image_id"].isin(ds.images.index)
     another = outside & outside.all()  # a file for another data set
     datasets.refuse(another, f"{path}: entry", f"'image_id' is none of {ds.name}'s, e.g. {ds.images.index[0]}")

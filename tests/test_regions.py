@@ -28,7 +28,6 @@ from bsap_utils.regions import (
     load_candidates,
     mask_areas,
     pair_up,
-    suppress,
     to_rle,
     whole_images,
 )
@@ -591,13 +590,6 @@ def test_more_masks_in_an_image_than_pycocotools_can_count(ds, tmp_path):
     frame = from_masks(ds, save(entries, tmp_path))
     assert (frame["image_id"] == 20).sum() == 400
     assert mask_areas(frame["segmentation"].tolist()[:400]).tolist() == [6] * 400
-
-
-def test_suppression_is_greedy():
-    """The second falls to the first, so the third, which only the second overlaps much, stays."""
-    masks = [coco.encode(np.asfortranarray(box(x, 0, 10, 10), dtype=np.uint8)) for x in (0, 4, 8)]
-    assert suppress(masks, 0.4).tolist() == [True, False, True]
-    assert suppress(masks[1:], 0.4).tolist() == [True, False] and suppress([], 0.5).tolist() == []
 
 
 def test_load_candidates_tells_masks_from_boxes(sample, tmp_path):
