@@ -126,7 +126,7 @@ def load_refer(
     folder, split_by = Path(root) / dataset, split_by or ("umd" if dataset == "refcocog" else "unc")
     refs, instances, own = folder / f"refs({split_by}).p", folder / "instances.json", folder / "images"
     image_root = Path(image_root or (own if own.is_dir() else Path(root) / "images/mscoco/images/train2014"))
-    tables = sorted([*folder.glob("expressions.csv")] or folder.glob(f"{dataset}_*.json"))
+    tables = sorted([*folder.glob("expressions.csv")] or folder.glob(f"{dataset}_[tv]*.json"))  # train, val, test, …
     if not refs.is_file() and not tables:
         raise DatasetError(f"{refs}: no such file. Run `bsap data get {dataset}`, or pass another root or split_by.")
     with reading(folder, "a data set as data/README.md describes it"):

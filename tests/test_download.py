@@ -486,6 +486,13 @@ def test_check_says_what_is_here_and_what_is_wrong(mirror, got, tmp_path):
     assert bsap("check", tmp_path / "nowhere").code == 1
 
 
+def test_check_takes_no_candidates_for_a_data_set():
+    """The sample lies in a folder of its own name, beside its detections."""
+    table, wrong = download.check(SAMPLE)
+    assert wrong == [] and table["split"].tolist() == ["test", "train", "val"]
+    assert set(table["pictures"]) == {"complete"} and (table[["detections", "rpn", "masks"]] == "there").all(axis=None)
+
+
 def test_check_looks_at_boxes_and_masks(got):
     content = json.loads((got / "refcoco/instances.json").read_bytes())
     for annotation in content["annotations"]:  # as labelling tools export
