@@ -266,7 +266,8 @@ class _PlainUnpickler(pickle._Unpickler):
     """Unpickles plain data, for a pickle may run any code; in Python, for a few bytes can make the C one ask for gigabytes."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
-    del dispatch[pickle.BYTEARRAY8[0]]  # it takes as many bytes as it is told to
+    for code in (pickle.BYTEARRAY8, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET):
+        del dispatch[code[0]]  # as many bytes as it says; and nested keys, which can take for ever to hash
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}"[:99] + ", which was refused and not executed")

@@ -13,6 +13,7 @@ else file and row. Hidden files and linked folders are left out. Ray's own reade
 import hashlib
 import json
 import os
+import re
 import tarfile
 import time
 from collections.abc import Iterator
@@ -36,28 +37,33 @@ from .scoring import TEMPLATE, ClipScorer, ahead
 from .visual_prompts import squash
 
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+ASIDE = re.compile(r"/(\.|@eaDir/|__MACOSX/)")  # hidden files, thumbnails of network disks, macOS's own
 IDS = ["id", "image_id", "key", "__key__"]
 ROWS, LARGEST = 256, 200_000_000  # images decoded at a time, 37 MiB of pixels at 224 x 224; bytes of a picture in a tar
 
 
 def text_of(name: Any) -> str:
-    """A name as text that Ray and parquet can hold, also where it is bytes or not in UTF-8."""
+    """A name as text that Ray and parquet can hold, also where it is bytes, not in UTF-8, or 581857.0."""
+    name = int(name) if isinstance(name, float) and name.is_integer() else name
     return os.fsencode(name if isinstance(name, bytes) else str(name)).decode("utf-8", "backslashreplace")
 
 
 def files_to_read(source: Path, out: Path) -> list[str]:
     """Path, name in `source`, stamp and ids in `out` of each file that is not done, as JSON: Ray knows only UTF-8."""
-    done, files, root = {}, [], source if source.is_dir() else source.parent
+    done, files, aside, root = {}, [], 0, source if source.is_dir() else source.parent
     if any((out / "features").glob("*.parquet")):
         table = pd.read_parquet(out / "features", columns=["id", "source", "stamp"])
         done = table.groupby(["source", "stamp"])["id"].agg(list).to_dict()
     for path in sorted([source, *source.rglob("*")]):
         name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
-        if suffix in PICTURES | {".tar", ".parquet"} and "/." not in f"/{name}" and path.is_file():
-            key = text_of(name), f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
-            if key not in done or suffix not in PICTURES:
-                files.append(json.dumps([str(path), *key, dict.fromkeys(done.get(key, []))]))
-    print(f"{source}: {len(files):,} files to read, {sum(map(len, done.values())):,} pictures done", flush=True)
+        if not path.is_file() or suffix not in PICTURES | {".tar", ".parquet"} or ASIDE.search(f"/{name}"):
+            aside += path.is_symlink() or not path.is_dir()
+            continue
+        key = text_of(name), f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
+        if key not in done or suffix not in PICTURES:
+            files.append(json.dumps([str(path), *key, dict.fromkeys(done.get(key, []))]))
+    print(f"{source}: {len(files):,} files to read, {sum(map(len, done.values())):,} pictures done, "
+          f"{aside:,} others left aside", flush=True)  # fmt: skip
     return files
 
 

@@ -19,7 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub as hub
+try:
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+except ValueError as error:
+    raise ValueError(f"HF_ENDPOINT={os.environ['HF_ENDPOINT']} is no address: correct or unset it.") from error
+
 import numpy as np
 import open_clip
 import pandas as pd
@@ -58,10 +62,10 @@ def pick_device(device: str = "auto") -> torch.device:
 def hub_problem() -> str:
     """Return why the Hugging Face hub does not answer within 3 seconds; "" where it does."""
     try:  # once: open_clip would have it tried for half a minute
-        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=3)
+        get_session().head(constants.ENDPOINT, timeout=3)
     except Exception as error:  # also for addresses and proxies that are none, and certificates that are not there
         settings = "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE or HF_ENDPOINT"
-        return f"{hub.constants.ENDPOINT} cannot be reached ({error}). Where there is a network, is {settings} wrong?"
+        return f"{constants.ENDPOINT} cannot be reached ({error}). Where there is a network, is {settings} wrong?"
     return ""
 
 
@@ -70,7 +74,7 @@ def find_weights(model: str, pretrained: str = "openai", problem: str = "") -> P
     schema, _, name = model.rpartition(":")
     record = open_clip.get_pretrained_cfg(model, pretrained)
     if repository := name if schema == "hf-hub" else record.get("hf_hub", "").rpartition("/")[0]:
-        found: list[Any] = [hub.try_to_load_from_cache(repository, file) for file in WEIGHTS]
+        found: list[Any] = [try_to_load_from_cache(repository, file) for file in WEIGHTS]
         advice = f"`hf download {repository}` gets them where there is a network"
     else:
         found = sorted(map(str, Path(name).glob("*.safetensors"))) if schema else [pretrained]
@@ -91,8 +95,8 @@ def _load(model: str, pretrained: str, precision: str, device: torch.device) -> 
     if problem or is_file:
         find_weights(model, pretrained, problem)
     options = {"precision": precision, "device": device, "force_quick_gelu": bool(record.get("quick_gelu"))}
-    offline = hub.constants.HF_HUB_OFFLINE
-    hub.constants.HF_HUB_OFFLINE = offline or problem != ""  # then its cache is all that is asked, and answers at once
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or problem != ""  # then its cache is all that is asked, and answers at once
     try:
         if is_file and f"{model}-quickgelu" in open_clip.list_models():
             weight = open_clip.factory.load_state_dict(pretrained)["visual.conv1.weight"]
@@ -104,7 +108,7 @@ def _load(model: str, pretrained: str, precision: str, device: torch.device) -> 
     except Exception as error:  # whatever damaged files lead to
         raise ModelError(f"{model} {pretrained} or its tokenizer could not be loaded: {error}. {problem}") from error
     finally:
-        hub.constants.HF_HUB_OFFLINE = offline
+        constants.HF_HUB_OFFLINE = offline
 
 
 def cache_folder() -> str:

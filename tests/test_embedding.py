@@ -124,7 +124,7 @@ def test_the_same_images_in_every_layout(run, tmp_path):
 def test_ids_of_every_kind(run, tmp_path):
     pictures = list(IMAGES.values())[:3]
     for name, ids in {
-        "whole": [1, 2, 581857],
+        "whole": [1.0, 2.0, 581857.0],
         "null": ["a", None, "c"],
         "bytes": [b"a", b"caf\xe9", b"c"],
     }.items():
@@ -141,7 +141,7 @@ def test_names_that_are_not_utf8_survive_every_run(run, tmp_path):
     assert set(by_id(tmp_path / "out")) == {"good.png", "caf\\xe9.png"}
 
 
-def test_hidden_and_other_files_are_left_out_and_linked_files_are_not(run, tmp_path):
+def test_hidden_and_other_files_are_left_out_and_linked_files_are_not(run, tmp_path, capsys):
     source, disk = folder_of(tmp_path / "photos", {"one": IMAGES["0000"]}), tmp_path / "disk"
     folder_of(disk, {"a": IMAGES["0001"]})
     (source / "2020").mkdir()
@@ -149,11 +149,12 @@ def test_hidden_and_other_files_are_left_out_and_linked_files_are_not(run, tmp_p
     (source / "gone.png").symlink_to(disk / "gone.png")
     (disk / "loop").symlink_to(source)
     (source / "self").symlink_to(source)
-    for hidden in (".ipynb_checkpoints/one-checkpoint", ".thumbnails/one", "__MACOSX/._one", ".hidden"):
+    for hidden in (".ipynb_checkpoints/one-checkpoint", ".thumbnails/one", "__MACOSX/one", "@eaDir/one", ".hidden"):
         folder_of(source, {hidden: IMAGES["0003"]})
     (source / "notes.txt").write_text("x")
     assert run(source)["images"] == 2
     assert set(by_id(tmp_path / "out")) == {"one.png", "2020/a.png"}
+    assert "2 files to read, 0 pictures done, 8 others left aside" in capsys.readouterr().out
 
 
 def test_a_picture_replaced_in_place_is_made_again_and_the_rest_is_not(run, tmp_path):
