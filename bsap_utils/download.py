@@ -196,9 +196,8 @@ def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
                 row[source] = "none" if "No such file" in why else "wrong" if why else "there"
                 bad += [why] if row[source] == "wrong" else []
             rows.append(row)
-            if split in asked.get(
-                ds.name, [split] if here else []
-            ):  # what was asked of `get`, else what is partly here
+            # a split counts if it was asked of `get` or, where none was, if one of its pictures is here
+            if split in asked.get(ds.name, [split] if here else []):
                 wrong += [f"{ds.name} {split}: {why}" for why in bad]
     if not any(row["pictures"] == "complete" for row in rows):
         wrong.append(f"{folder}: no split is complete. Get one with `bsap data get NAME --split SPLIT`.")

@@ -171,8 +171,8 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
     how = model, pretrained, texts, temperature
     encoder = Encoder(*how, "cpu" if with_ray else "auto")
     scorer, digest = encoder.scorer, hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    made = {"model": model, "pretrained": scorer.pretrained, "weights": scorer.weights_hash(), "bank": bank}
-    made |= {"bank_sha256": digest, "temperature": temperature, "logit_scale": scorer.logit_scale}
+    made: dict[str, Any] = {"model": model, "pretrained": scorer.pretrained, "weights": scorer.weights_hash()}
+    made |= {"bank": bank, "bank_sha256": digest, "temperature": temperature, "logit_scale": scorer.logit_scale}
     before = read_json(out / "embedding.json") if (out / "embedding.json").exists() else made
     if differ := [key for key in made if before.get(key) != made[key]]:
         raise ValueError(f"{out} was made with another {', '.join(differ)}: pass the same, or another folder.")

@@ -1,5 +1,7 @@
 """How unlike the similarities of different regions are: shares of variance, hubs, and what kind of region is one."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -68,11 +70,12 @@ def k_occurrence(scores: Tensor, k: int = 1) -> Tensor:
     return scores.topk(min(k, len(scores)), 0).indices.flatten().bincount(minlength=len(scores))
 
 
-def gini(counts: np.ndarray | Tensor) -> float:
-    """Return Σ|N_i − N_j| / (2 n Σ N): 0 where all are picked alike, towards 1 where one takes all."""
+def gini(counts: np.ndarray | Tensor) -> Any:
+    """Return Σ|N_i − N_j| / (2 n Σ N) along the last axis: 0 where all are picked alike, towards 1 where one takes all."""
     ordered = np.sort(np.asarray(counts, np.float64))
-    ranks = 2 * np.arange(1, len(ordered) + 1) - len(ordered) - 1
-    return float(ranks @ ordered / (len(ordered) * ordered.sum())) if ordered.any() else np.nan
+    ranks = 2 * np.arange(1, ordered.shape[-1] + 1) - ordered.shape[-1] - 1
+    with np.errstate(invalid="ignore"):  # NaN where nothing is picked
+        return ordered @ ranks / (ordered.shape[-1] * ordered.sum(-1))
 
 
 def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -82,12 +85,12 @@ def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, see
     measure, value, ci_low, ci_high, delta_vs_clip (to the first method), delta_ci_low, delta_ci_high; intervals resample
     `clusters` [N] and keep the counts.
     """
-    measures = {"skewness": skew, "gini": gini, "never": lambda column: (column == 0).mean()}
+    measures = {"skewness": lambda part: skew(part, 1), "gini": gini, "never": lambda part: (part == 0).mean(1)}
     codes, names = pd.factorize(clusters)
     drawn = np.random.default_rng(seed).integers(len(names), size=(draws if len(names) > 1 else 0, len(names)))
     times = [np.ones(len(names), int), *(np.bincount(row, minlength=len(names)) for row in drawn)]
     samples = (np.repeat(counts.to_numpy(), one[codes], axis=0).T for one in times)
-    values = np.array([[[measure(column) for measure in measures.values()] for column in part] for part in samples])
+    values = np.array([np.stack([measure(part) for measure in measures.values()], 1) for part in samples])
     table = pd.MultiIndex.from_product([counts, measures], names=["method", "measure"]).to_frame(index=False)
     for name, stem, part in (("value", "ci", values), ("delta_vs_clip", "delta_ci", values - values[:, :1])):
         flat = pd.DataFrame(part.reshape(len(part), -1))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
@@ -58,8 +57,6 @@ def start(parameters: MutableMapping[str, Any]) -> Path:
             for value in parameters[name] if name in LISTS else [parameters[name]]:
                 if not fits(value):
                     raise ValueError(f"{name} = {value!r}: should be {form}.")
-    if len(parameters.get("PRETRAINED", "1")) not in (1, len(parameters.get("MODEL", "1"))):
-        raise ValueError(f"PRETRAINED = {parameters['PRETRAINED']!r}: should be one for all of MODEL, or one for each.")
     if parameters.get("DATA_ROOT") == "":
         parameters["DATA_ROOT"] = "data/refshapes" if parameters.get("DATASET") == "refshapes" else "data"
     return usable_folder(Path(parameters.get("OUT_DIR") or "figures/by-hand"), results=True)
@@ -77,6 +74,4 @@ def usable_folder(path: Path, results: bool = False, root: Path = ROOT) -> Path:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         raise ValueError(f"{error.filename or place}: no folder to write to ({error.strerror}; dead link?).") from error
-    if shutil.disk_usage(place).free < 50_000_000:
-        raise ValueError(f"{place}: has less than 50 MB left.")
     return path

@@ -200,9 +200,8 @@ class ClipScorer:
     CPU and, with `cache`, kept on disk. Raises ModelError.
     """
 
-    def __init__(
-        self, model="ViT-B-32", pretrained="openai", device="auto", precision="auto", batch_size=0, cache=True
-    ) -> None:
+    def __init__(self, model: str = "ViT-B-32", pretrained: str = "openai", device: str = "auto", precision: str = "auto",
+                 batch_size: int = 0, cache: bool = True) -> None:  # fmt: skip
         self.device = pick_device(device)
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = precision if precision != "auto" else "bf16" if bf16 else "fp32"
@@ -275,9 +274,8 @@ class ClipScorer:
         features = self._in_batches(lambda part: self.model.encode_text(part.to(self.device)), self.tokenizer(texts))
         return normalize(features, dim=-1).cpu()
 
-    def encode_regions(
-        self, ds: ReferDataset, candidates: pd.DataFrame, visual_prompts=("crop", "blur"), global_weight=0.95
-    ) -> Tensor:
+    def encode_regions(self, ds: ReferDataset, candidates: pd.DataFrame, visual_prompts: Sequence[str] = ("crop", "blur"),
+                       global_weight: float = 0.95) -> Tensor:  # fmt: skip
         """Encode every candidate under every visual prompt: [V, C, D]; what the cache knows is not encoded again.
 
         `candidates`: a row each: image_id, x, y, w, h in pixels and, for prompts that show masks, segmentation. Global-Local
@@ -388,7 +386,8 @@ class Ensemble(ClipScorer):
     encode_regions = functools.partialmethod(_joined, "encode_regions")  # type: ignore[assignment]
 
 
-def load_scorer(models: Any, pretrained: Any = "openai", device: str = "auto", **options: Any) -> ClipScorer:
+def load_scorer(models: str | Sequence[str], pretrained: str | Sequence[str] = "openai", device: str = "auto",
+                **options: Any) -> ClipScorer:  # fmt: skip
     """Return the scorer of a model, or of several with as many (or one) `pretrained`, averaged. Raises ModelError."""
     pairs = np.broadcast(np.atleast_1d(models), np.atleast_1d(pretrained))
     scorers = [ClipScorer(str(name), str(tag), device, **options) for name, tag in pairs]
