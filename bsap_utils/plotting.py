@@ -113,7 +113,7 @@ def save(figure: Figure, stem: Path | str, caption: str) -> None:
         palette = coarse.quantize(128, Image.Quantize.MAXCOVERAGE)  # median cut would lose what is small and bright
         few = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
     else:
-        few = picture.quantize(method=Image.Quantize.MAXCOVERAGE)
+        few = picture.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=3)  # without it pale areas change their tint
         write_file(Path(f"{stem}.svg"), lambda path: figure.savefig(path, format="svg", metadata=meta))
     info.add_itxt("Description", plain(caption))
     options = {"optimize": True, "pnginfo": info, "dpi": picture.info["dpi"]}
