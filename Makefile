@@ -42,7 +42,7 @@ $(TOOLS): $(READY)
 setup: $(READY)
 
 figures: $(READY)
-	@.venv/bin/bsap data get clip-scores >/dev/null 2>&1 || echo "Real CLIP scores are not here: 07_real_scores is left out, and 01 and 05 go without."
+	@[ -s data/clip-scores/things_vith14.npz ] || .venv/bin/bsap data get clip-scores >/dev/null 2>&1 || echo "Real CLIP scores are not here: 07_real_scores is left out, and 01 and 05 go without."
 	.venv/bin/bsap run --all --params notebooks/params/sample.yaml
 	@if [ -s data/clip-scores/things_vith14.npz ]; then .venv/bin/bsap run 07_real_scores --name real; fi
 	@.venv/bin/python notebooks/render.py page figures/sample figures/real

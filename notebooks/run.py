@@ -203,7 +203,7 @@ def clean_html(element: str) -> str:
 
 def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: Path, made_by: dict) -> list[str]:
     """Execute a notebook in the run's `folder`, move its results to `target`, say so, and return their names."""
-    from bsap_utils.scoring import pick_device  # here, since PyTorch takes seconds to import
+    from torch import cuda  # here, since PyTorch takes seconds to import
 
     output, staging, start = folder / f"{notebook.stem}.ipynb", folder / f"{notebook.stem}-results", time.monotonic()
     staging.mkdir()
@@ -211,7 +211,8 @@ def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: 
     execute(notebook, values | ({"OUT_DIR": shown(staging)} if "OUT_DIR" in defaults else {}), output)
     where, seconds = shown(notebook) if notebook.is_relative_to(ROOT) else notebook.name, time.monotonic() - start
     parameters = defaults | values | {"OUT_DIR": shown(target)}
-    entry = {"device": str(pick_device(parameters.get("DEVICE", "auto"))), "seconds": round(seconds, 1), **made_by}
+    device = cuda.get_device_name() if cuda.is_available() else platform.machine()
+    entry = {"device": device, "seconds": round(seconds, 1), **made_by}
     moved, alien = publish(staging, target, {"notebook": where, "parameters": parameters, **entry})
     page = HTMLExporter(sanitize_html=True)
     page.register_filter("clean_html", clean_html)
