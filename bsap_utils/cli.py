@@ -162,7 +162,9 @@ def clear() -> None:
     """Delete all kept features; the next run encodes again what it needs. (`bsap doctor` shows how large they are.)"""
     from bsap_utils import scoring
 
-    files, size = scoring.clear_cache()
+    files, size = scoring.cache_usage()
+    for path in scoring.cache_files():
+        path.unlink()
     click.echo(f"{files:,} files with {size / 1e6:,.1f} MB deleted")
 
 

@@ -93,6 +93,8 @@ class ReferDataset:
             return dataclasses.replace(self, **{name: one[~one.index.duplicated()] for name, one in joint.items()})
         if split not in (None, *self.splits):
             raise DatasetError(f"{self.name} has no split {split!r}, only {', '.join(self.splits) or 'none'}.")
+        if (limit or 0) < 0:
+            raise DatasetError(f"limit is {limit}: pass how many images to take, or 0 for all.")
         chosen = self.expressions if split is None else self.expressions[self.expressions["split"] == split]
         images = self.images[self.images.index.isin(chosen["image_id"])].iloc[: limit or None]
         within = [frame[frame["image_id"].isin(images.index)] for frame in (self.annotations, chosen)]

@@ -71,8 +71,8 @@ def fetch(file: str, target: Path, base_url: str | None, accept: Callable[[Path]
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 if isinstance(error, ValueError) or status not in PASSING:
                     urls.remove(url)
-    lines = [f"{file} cannot be got:", *tried.values(), f"Put it at {target}, or name a mirror: BSAP_BASE_URL."]
-    raise DatasetError("\n  ".join(lines))
+    hint = f"Is HTTPS_PROXY or ALL_PROXY wrong? Else put it at {target}, or name a mirror: BSAP_BASE_URL."
+    raise DatasetError("\n  ".join([f"{file} cannot be got:", *tried.values(), hint]))
 
 
 def install(place: Path, accept: Callable[[Path], Any], archive: Path) -> None:

@@ -32,6 +32,7 @@ def forms() -> list[tuple[str, Callable[[Any], bool], str]]:
         ("TEMPERATURE TEMPERATURES", lambda v: between(v, 1e-6, 1e6) or v == float("inf"),
          "a number from 0.000001 to 1000000, or inf (the mean)"),
         ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT", lambda v: between(v, 0, 1), "a number from 0 to 1"),
+        ("DEVICE", lambda v: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(v))), "auto, cuda, cuda:1, mps or cpu"),
         ("METHOD METHODS", methods.__contains__, f"one of {', '.join(methods)}"),
         ("VISUAL_PROMPTS OTHER_PROMPTS", prompts.__contains__, f"one of {', '.join(prompts)}"),
         ("AUX_BANK BANKS", lambda v: v in banks or is_file(v), f"one of {', '.join(banks)}, or a text file"),

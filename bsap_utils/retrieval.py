@@ -41,9 +41,9 @@ class BalancedIndex:
         `logit_scale` has its exp taken, `options` are the method's, `factory` is FAISS's string; "Flat" is exact. ValueError
         on what does not fit, on NaN, and on factories that rescale, centre or cut vectors, since that changes ranks.
         """
-        aux = _matrix(aux_features, "aux_features")
+        aux, scale = _matrix(aux_features, "aux_features"), _matrix(torch.tensor([[logit_scale]]), "logit_scale").item()
         index = faiss.index_factory(*_layout(factory, aux.shape[1]), faiss.METRIC_INNER_PRODUCT)
-        settings = {"method": method, "logit_scale": float(logit_scale), "factory": factory, "options": options}
+        settings = {"method": method, "logit_scale": scale, "factory": factory, "options": options}
         balanced = cls(index, aux, settings | {"units": (1.0, 1.0), "centre": 0.0, "largest": 0.0})
         balanced.add(image_features)
         return balanced

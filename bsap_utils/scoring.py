@@ -106,7 +106,10 @@ def _load(model: str, pretrained: str, precision: str, device: torch.device) -> 
         net = open_clip.create_model(model, pretrained, require_pretrained=True, **options)
         return net, open_clip.get_tokenizer(model), open_clip.get_model_config(model)
     except Exception as error:  # whatever damaged files lead to
-        raise ModelError(f"{model} {pretrained} or its tokenizer could not be loaded: {error}. {problem}") from error
+        what = f"{model} {pretrained} or its tokenizer could not be loaded{problem and ', and '}{problem}"
+        if "weights_only" in str(error):  # PyTorch's advice would run it
+            error = ValueError("it holds code or objects, not weights alone: save its state_dict as safetensors")
+        raise ModelError(f"{what}: {error}.") from error
     finally:
         constants.HF_HUB_OFFLINE = offline
 
@@ -125,14 +128,6 @@ def cache_files(space: str = f"*{HEX}") -> list[Path]:
 def cache_usage() -> tuple[int, int]:
     """Return how many files the cache has, unfinished ones too, and how many bytes they take."""
     return len(cache_files()), sum(path.stat().st_size for path in cache_files())
-
-
-def clear_cache() -> tuple[int, int]:
-    """Delete the cache's files, and nothing else in its folder: (files, bytes)."""
-    usage = cache_usage()
-    for path in cache_files():
-        path.unlink()
-    return usage
 
 
 def digest(*parts: Any) -> str:

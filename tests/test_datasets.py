@@ -378,6 +378,8 @@ def test_select(tmp_path):
     assert len(ds.select().expressions) == len(ds.expressions) == 5
     assert ds.select(limit=0).images.index.tolist() == [7, 3, 9] and ds.select(limit=2).images.index.tolist() == [7, 3]
     assert ds.select(limit=2).expressions["image_id"].isin([7, 3]).all()
+    with pytest.raises(DatasetError, match="limit is -1"):
+        ds.select(["val", "testB"], limit=-1)
     both = ds.select(["testB", "val", "train", "val"])  # image 7 is in two of them
     assert both.images.index.tolist() == [9, 7] and both.expressions["split"].unique().tolist() == [
         "testB",

@@ -9,9 +9,11 @@ import warnings
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from bsap_utils import ROOT, datasets, scoring
 from bsap_utils import visual_prompts as vp
+from bsap_utils.cli import app
 from bsap_utils.regions import from_masks, ground_truth, load_candidates, pair_up
 from bsap_utils.scoring import ClipScorer
 
@@ -239,7 +241,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(few, regions, counted, kep
 
 
 def test_clearing_deletes_our_files_only_and_follows_no_link(few, regions, counted, kept, tmp_path):
-    assert scoring.cache_usage() == (0, 0) == scoring.clear_cache()
+    assert scoring.cache_usage() == (0, 0)
     counted().encode_regions(few, regions, ["crop"])
     (ours,) = kept.iterdir()
     (kept / f".{ours.stem}.123.part.safetensors").write_bytes(b"unfinished")
@@ -253,7 +255,8 @@ def test_clearing_deletes_our_files_only_and_follows_no_link(few, regions, count
         (kept / name).write_text("mine")
     files, size = scoring.cache_usage()
     assert files == 2 and size > 1000
-    assert scoring.clear_cache() == (files, size) and scoring.cache_usage() == (0, 0)
+    assert CliRunner().invoke(app, ["cache", "clear"]).output == f"2 files with {size / 1e6:,.1f} MB deleted\n"
+    assert scoring.cache_usage() == (0, 0)
     assert (precious / ours.name).exists() and {*others, "sub"} < {path.name for path in kept.iterdir()}
     again = counted()
     again.encode_regions(few, regions, ["crop"])

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from bsap_utils import ROOT, cli, normalization, regions, scoring
+from bsap_utils import ROOT, cli, normalization, regions
 from bsap_utils.datasets import DatasetError, load_refer, open_picture, read_json, write_file
 
 
@@ -97,7 +97,7 @@ def test_clearing_the_cache_removes_only_what_it_made(tmp_path, monkeypatch):
             (folder / name).write_text("mine")
     (cache / "link").symlink_to(other)
     monkeypatch.setenv("BSAP_CACHE", str(cache))
-    scoring.clear_cache()
+    bsap("cache", "clear")
     assert len([p for p in (*cache.rglob("*"), *other.rglob("*")) if p.is_file()]) >= 8
 
 

@@ -109,6 +109,11 @@ def test_papermill_as_typed_in_the_root_and_in_notebooks(tmp_path, folder):
     assert set(table["split"]) == {"test"} and {"clip", "bsap", "nnn"} <= set(table["method"])
 
 
+def test_one_picture_in_which_bsap_mends_nothing_still_shows_the_method(tmp_path):
+    out = papermill(ROOT / "notebooks/02_bsap_method.ipynb", tmp_path, "-p", "LIMIT", "1")
+    assert len(pd.read_csv(out / "table_worked_example.csv")) > 1
+
+
 def test_a_method_of_ones_own_is_a_line_in_a_cell_and_runs_repeat_to_the_byte(tmp_path):
     source = (ROOT / "notebooks/03_rec.ipynb").read_text(encoding="utf-8")
     comment = '# scores[\\"mine\\"] = s - a.median(1).values[pairs.candidate]'

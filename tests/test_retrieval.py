@@ -214,6 +214,8 @@ def test_what_does_not_fit_is_refused_and_named(vectors):
         (lambda: BalancedIndex.build(images, broken, 100.0), "aux_features.*NaN"),
         (lambda: BalancedIndex.build(images, aux, 100.0, method="softmax"), "'softmax'.*bsap"),
         (lambda: BalancedIndex.build(images, aux, 100.0, temperature=0.0), "temperature is 0"),
+        (lambda: BalancedIndex.build(images, aux, float("nan")), "logit_scale.*NaN"),
+        (lambda: BalancedIndex.build(images, aux, float("inf")), "logit_scale.*NaN"),
         (lambda: balanced.search(texts[:, :3], 5), r"text_features \[50, 3\].*64"),
         (lambda: balanced.search(broken, 5), "text_features.*NaN"),
         (lambda: balanced.search(infinite, 5), "text_features.*NaN or inf"),
