@@ -54,7 +54,8 @@ def test_a_single_name_is_a_list_of_one_and_the_root_is_the_data_sets_own():
     [
         ("TEMPLATE", "a photo of", '"{}" once'), ("TEMPLATE", "{} and {}", '"{}" once'), ("TEMPLATE", "{noun}", '"{}" once'),
         ("TEMPLATE", "{", '"{}" once'), ("OTHER_TEMPLATES", ["{}", "a photo of %s"], '"{}" once'),
-        ("DEVICE", "gpu", "auto, cuda, "), ("LIMIT", -1, "0 or more"), ("LIMIT", 2.5, "0 or more"), ("AUX_SIZE", -1, "0 or more"), ("SEED", "x", "0 or more"),
+        ("DEVICE", "gpu", "auto, cuda, "),
+        ("LIMIT", -1, "0 or more"), ("LIMIT", 2.5, "0 or more"), ("AUX_SIZE", -1, "0 or more"), ("SEED", "x", "0 or more"),
         ("NEIGHBOURS", 0, "over 0"), ("SIZES", [10, 0], "over 0"), ("TEMPERATURE", 0, "0.000001 to 1000000"),
         ("TEMPERATURE", 1e7, "0.000001 to 1000000"), ("TEMPERATURE", math.nan, "0.000001 to 1000000"),
         ("TEMPERATURES", [1.0, -1.0], "0.000001 to 1000000"), ("HYBRID_WEIGHT", 1.5, "from 0 to 1"),
