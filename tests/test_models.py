@@ -75,17 +75,16 @@ def save(folder, config, preprocess):
         {key: value.contiguous() for key, value in net.state_dict().items()}, folder / "open_clip_model.safetensors"
     )
     if "hf_tokenizer_name" in config["text_cfg"]:
+        transformers = pytest.importorskip("transformers", reason="tokenizers of SigLIP need the extra `sam`")
         from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
 
         words = {
             word: number for number, word in enumerate(["<pad>", "<unk>", "a", "photo", "of", "star", "key", "red"])
         }
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
-            folder
-        )
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+        fast.save_pretrained(folder)
     return f"local-dir:{folder}", net.eval()
 
 
