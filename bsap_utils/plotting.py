@@ -179,7 +179,7 @@ def _finish(axis: Any, grid: Any, words: dict, paint: Mapping[str, str], marker:
     marks = [plt.Line2D([], [], color=tone, marker=marker, markersize=4, linestyle=line) for tone in paint.values()]
     figure, names = axis.get_figure(root=True), [label(str(name)) for name in paint]
     if marks and len(figure.axes) == 1:
-        figure.legend(marks, names, loc="outside upper left", ncols=4, handletextpad=0.4, columnspacing=1.2)
+        figure.legend(marks, names, loc="outside upper left", ncols=3, handletextpad=0.4, columnspacing=1.2)
     elif marks:
         axis.legend(marks, names, handletextpad=0.4)
     return figure
