@@ -60,10 +60,10 @@ def doctor() -> None:
     from bsap_utils import download, scoring
     from bsap_utils.datasets import load_refer
 
-    (files, size), free = scoring.cache_usage(), shutil.disk_usage(ROOT).free
+    size, free = sum(path.stat().st_size for path in scoring.cache_files()), shutil.disk_usage(ROOT).free
     click.echo(", ".join(f"{name} {INSTALLED.get(name, 'not installed')}" for name in PACKAGES))
     click.echo(f"Python {platform.python_version()} on {platform.system()}, device {scoring.pick_device()}, {ROOT}")
-    click.echo(f"{free / 1e9:,.0f} GB of disk free, kept features: {files:,} files, {size / 1e6:,.0f} MB")
+    click.echo(f"{free / 1e9:,.0f} GB of disk free, kept features: {size / 1e6:,.0f} MB")
     sample = ROOT / "data/refshapes"
     wrong = [download.problem(scoring.find_weights, f"local-dir:{ROOT}/data/clip-refshapes-web")]
     wrong += [download.problem(load_refer, sample, "refshapes")]
@@ -162,10 +162,10 @@ def clear() -> None:
     """Delete all kept features; the next run encodes again what it needs. (`bsap doctor` shows how large they are.)"""
     from bsap_utils import scoring
 
-    files, size = scoring.cache_usage()
-    for path in scoring.cache_files():
+    files = scoring.cache_files()
+    for path in files:
         path.unlink()
-    click.echo(f"{files:,} files with {size / 1e6:,.1f} MB deleted")
+    click.echo(f"{len(files):,} files deleted")
 
 
 if __name__ == "__main__":

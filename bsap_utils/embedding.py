@@ -178,8 +178,7 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
         raise ValueError(f"{out} was made with another {', '.join(differ)}: pass the same, or another folder.")
     files, decoding = files_to_read(source, out), (scorer.image_size, scorer.interpolation)
     write_file(out / "embedding.json", json.dumps(made | {"version": bsap_utils.__version__}, indent=1).encode())
-    auxiliary = pd.DataFrame({"text": texts, "feature": list(encoder.aux.numpy())})
-    write_file(out / "auxiliary.parquet", auxiliary.to_parquet)
+    write_file(out / "auxiliary.parquet", pd.DataFrame({"text": texts, "feature": [*encoder.aux.numpy()]}).to_parquet)
     if with_ray and files:
         return write(out, over_ray(files, decoding, how, address))
     return write(out, map(encoder, read({"item": files}, *decoding)))

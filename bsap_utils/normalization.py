@@ -197,7 +197,7 @@ def _bsap_h(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.5, temperature
 
 
 def _tas(s: Tensor, a: Tensor, pairs: Pairs, weight: float = 0.7) -> Tensor:
-    total = torch.zeros(len(a), dtype=torch.float64).index_add(0, pairs.candidate, s.double())[pairs.candidate]
+    total = s.new_zeros(len(a), dtype=torch.float64).index_add(0, pairs.candidate, s.double())[pairs.candidate]
     others = pairs.candidate.bincount(minlength=len(a))[pairs.candidate] - 1
     return s - weight * (total - s) / others.clamp(min=1)
 

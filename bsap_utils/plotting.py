@@ -36,7 +36,7 @@ METHODS = {
     "qb_norm_dynamic": ("QB-Norm, dynamic", "#CC6677"), "db_norm": ("DB-Norm", "#DDAA33"), "chance": ("Chance", "#9A9A9A"),
     "centred": ("Centred features", "#44AA99"), "oracle": ("Best candidate", "#9A9A9A"),
 }  # fmt: skip
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#999933")  # what is no method
+SERIES = ("#009E73", "#CC79A7", "#E69F00", "#332288", "#56B4E9", "#999933", "#882255", "#44AA99")  # what is no method
 TRUTH_COLOUR, BLANK = "#FFFFFF", {"frame_on": False, "xticks": [], "yticks": []}
 KIND_COLOURS = {"object": "#004488", "part or loose box": "#DDAA33", "bare ground": "#BB5566"}  # Tol's high contrast
 COLUMN_LABELS = {
@@ -131,7 +131,7 @@ def intervals(table: pd.DataFrame, value: str = "accuracy", low: str = "ci_low",
     shifts = {group: 0.7 * ((number + 0.5) / len(groups) - 0.5) for number, group in enumerate(groups)}
     axis = axis or plt.subplots(figsize=(0.72 * DOUBLE_COLUMN, 0.12 * len(rows) * (1 + len(groups)) + 0.85))[1]
     names = axis.yaxis.major.__dict__.setdefault("names", [label(str(level)) for level in rows])  # one order, if shared
-    paint = colours(table[hue or row]) if hue or METHODS.keys() & rows else dict.fromkeys(rows, SERIES[0])
+    paint = colours(table[hue or row]) if hue or METHODS.keys() & rows else dict.fromkeys(rows, colour("bsap"))
     if zero:
         axis.axvline(0, color="0.35", linewidth=1, zorder=0)
     for entry in table.to_dict("records"):
@@ -152,7 +152,7 @@ def curves(table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str
     axis = axis or plt.subplots(figsize=(DOUBLE_COLUMN * 0.62, 2.6))[1]
     finite = np.unique(table[x][np.isfinite(table[x])].to_numpy(float))
     end = finite[-1] * (finite[-1] / finite[0]) ** 0.12 if log else np.inf
-    paint = colours(table[hue]) if hue else {"": SERIES[0]}
+    paint = colours(table[hue]) if hue else {"": colour("bsap")}
     for name, tone in paint.items():
         part = (table[table[hue] == name] if hue else table).sort_values(x)
         at, known = part[x].clip(upper=end), np.isfinite(part[x])
@@ -167,9 +167,8 @@ def curves(table: pd.DataFrame, x: str, y: str, hue: str | None = None, low: str
         few = finite if len(finite) <= 9 else finite[np.isclose(np.log10(finite) % 1, [[0], [1]]).any(0)]
         axis.set_xticks([*few, end], [*map("{:,.10g}".format, few), "∞"])
         axis.minorticks_off()
-    return _finish(
-        axis, "y", {"xlabel": x, "ylabel": COLUMN_LABELS.get(y, y)} | labels, paint if hue else {}, marker, "-"
-    )
+    words = {"xlabel": x, "ylabel": COLUMN_LABELS.get(y, y)} | labels
+    return _finish(axis, "y", words, paint if hue else {}, marker, "-")
 
 
 def _finish(axis: Any, grid: Any, words: dict, paint: Mapping[str, str], marker: str, line: Any = "") -> Figure:

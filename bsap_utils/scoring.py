@@ -46,6 +46,8 @@ TEMPLATE = "a photo of {}"  # ReCLIP's text: "a photo of " + the expression in l
 SAMPLE_MODEL = "local-dir:data/clip-refshapes-web"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEX = "[0-9a-f]" * 32  # a digest in a file's name
+# nvJPEG writes at once, also where waiting kernels still read: so its memory is never theirs (torchvision #9606)
+_decoding_stream = functools.cache(torch.cuda.Stream)
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin")  # the hub's names
 
 
@@ -120,14 +122,9 @@ def cache_folder() -> str:
 
 
 def cache_files(space: str = f"*{HEX}") -> list[Path]:
-    """Return the cache's own files, of a space or all: those whose names we made, in the folder itself, and no links."""
+    """Return the cache's own files, of a space or all, also unfinished ones: named by us, in the folder itself, no links."""
     found = Path(cache_folder()).glob(f"{space}-{HEX}*.safetensors") if space and cache_folder() else ()
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
-
-
-def cache_usage() -> tuple[int, int]:
-    """Return how many files the cache has, unfinished ones too, and how many bytes they take."""
-    return len(cache_files()), sum(path.stat().st_size for path in cache_files())
 
 
 def digest(*parts: Any) -> str:
@@ -169,9 +166,13 @@ def read_image(ds: ReferDataset, image_id: int, device: torch.device | str = "cp
     """Return an image as uint8 [3, H, W] on `device`; on CUDA, nvJPEG decodes what it can. Raises as `ds.load_image`."""
     path = ds.image_path(image_id)
     if torch.device(device).type == "cuda" and path.suffix.lower() in (".jpg", ".jpeg"):
+        here, own = torch.cuda.current_stream(device), _decoding_stream(device)
         with contextlib.suppress(AttributeError, RuntimeError):  # what it refuses, PIL decodes, or says what is wrong
-            image = torchvision.io.read_file(str(path))
-            image = torchvision.io.decode_jpeg(image, torchvision.io.ImageReadMode.RGB, device)
+            with torch.cuda.stream(own):
+                image = torchvision.io.read_file(str(path))
+                image = torchvision.io.decode_jpeg(image, torchvision.io.ImageReadMode.RGB, device)
+            here.wait_stream(own)
+            image.record_stream(here)
             if list(image.shape[1:]) == ds.images.loc[image_id, ["height", "width"]].tolist():
                 return image
     return pil_to_tensor(ds.load_image(image_id)).to(device)
@@ -294,27 +295,30 @@ class ClipScorer:
         step = 1 + max(256, 4 * self.batch_size) * len(jobs) // (int(missing.sum()) + 1)  # jobs with so many views
         groups = [jobs[start : start + step] for start in range(0, len(jobs), step)]
 
-        def load(job: tuple[int, pd.Series]) -> tuple[Tensor, Tensor, Tensor]:
-            image, masks = read_image(ds, job[0], self.device), np.zeros((len(job[1]), 0), bool)
+        def show(job: tuple[int, pd.Series]) -> list[tuple]:
+            """Return an image, its masks, rows and views under each visual prompt: of those that lack it."""
+            image, rows, parts = read_image(ds, job[0], self.device), torch.tensor(job[1].to_numpy()), []
             if masked:
-                masks = decode_masks(candidates["segmentation"].iloc[job[1]], *image.shape[1:])
-            return image, torch.from_numpy(masks).to(self.device), torch.tensor(job[1].to_numpy())
+                masks = torch.from_numpy(decode_masks(candidates["segmentation"].iloc[job[1]], *image.shape[1:]))
+            for name, lacks in zip(visual_prompts, missing[:, rows], strict=True):
+                new, own = rows[lacks], masks[lacks].to(self.device) if masked else None
+                how = name, self.image_size, own, self.interpolation
+                parts.append((image, own, new, show_regions(image, boxes[new], *how) if len(new) else new))
+            return parts
 
-        for loaded in tqdm(ahead(load, groups), "Encoding", len(groups), delay=2, leave=False):
-            for name, space, lacks, found in zip(visual_prompts, spaces, missing, features, strict=True):
-                parts = [(image, masks[lacks[rows]], rows[lacks[rows]]) for image, masks, rows in loaded]
-                if len(new := torch.cat([rows for *_, rows in parts])):
-                    found[new] = self._encode_parts(name, parts, boxes, global_weight)
+        for shown in tqdm(ahead(show, groups), "Encoding", len(groups), delay=2, leave=False):
+            for name, space, found, *parts in zip(visual_prompts, spaces, features, *shown, strict=True):
+                if parts := [part for part in parts if len(part[-1])]:
+                    new = torch.cat([rows for _, _, rows, _ in parts])
+                    found[new] = self._encode_parts(name, parts, global_weight)
                     keep_features(space, [keys[row] for row in new], found[new])
         return features
 
-    def _encode_parts(self, name: str, parts: list, boxes: Tensor, global_weight: float) -> Tensor:
-        """Encode what a visual prompt shows of the rows of images, masks and rows: [n, D]."""
-        size, kind, parts = self.image_size, self.interpolation, [part for part in parts if len(part[-1])]
-        views = [show_regions(image, boxes[rows], name, size, masks, kind) for image, masks, rows in parts]
-        features = self._encode_views(views)
+    def _encode_parts(self, name: str, parts: list[tuple], global_weight: float) -> Tensor:
+        """Encode the views of images, masks, rows and views: [n, D]."""
+        features = self._encode_views([views for *_, views in parts])
         if name == "global_local":
-            whole = torch.cat([self._whole(image, masks) for image, masks, _ in parts])
+            whole = torch.cat([self._whole(image, masks) for image, masks, *_ in parts])
             features = global_weight * whole + (1 - global_weight) * features
         return normalize(features, dim=-1).cpu()
 

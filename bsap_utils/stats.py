@@ -81,11 +81,12 @@ def holm(p: np.ndarray | list[float]) -> np.ndarray:
 
 def verdict(name: str, delta: float, low: float, high: float, p: float = 0.0) -> str:
     """Return a difference to CLIP in points and what it shows: better or worse if the interval leaves out 0 and the
-    p-value (Holm-adjusted, where there are several methods) is below 0.05.
+    p-value, if there was a test (Holm-adjusted, of several methods), is below 0.05.
 
     >>> verdict("BSAP", 2.71, 0.2, 5.64)
     'BSAP − CLIP: +2.7 points [+0.2, +5.6]: better'
     """
     shown = ("better" if low > 0 else "worse") if p < 0.05 and (low > 0 or high < 0) else "no difference shown"
-    text = f"{name} − CLIP: {delta:+.1f} points [{low:+.1f}, {high:+.1f}]: {shown}"
+    tested = f", p = {p:.2f}" if p > 0 else ""
+    text = f"{name} − CLIP: {delta:+.1f} points [{low:+.1f}, {high:+.1f}]{tested}: {shown}"
     return text.replace("+nan", "–").replace(" -", " −").replace("[-", "[−").replace("−0.0", "+0.0")

@@ -3,6 +3,7 @@
 A visual prompt is a function `(image, boxes, masks) -> views` on the image's device: `image` [3, H, W] uint8, `boxes`
 [N, 4] xywh in pixels, on the CPU (to read an edge back from a GPU would make it wait), `masks` [N, H, W] bool or None;
 views are uint8 of any size. They are squashed to the model's square, as in ReCLIP: a centre crop would cut long regions.
+Several threads call it at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _blur_matrix(length: int, sigma: float, device: torch.device) -> Tensor:
     step = (length - 1) / max(count - 1, 1) or 1.0  # pixels from point to point
     first = _box_matrix(torch.linspace(0, length - 1, count), length, box)
     again = _box_matrix(torch.arange(count), count, box / step)
-    return (again @ again @ first).to(device)
+    return (again @ again @ first).to(device, non_blocking=True)
 
 
 def _box_matrix(centres: Tensor, length: int, box: float) -> Tensor:

@@ -47,15 +47,13 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def small(png: str) -> str:
-    """Return a PNG (base64) as it is, or in 128 colours and, where that is too large still, at three quarters of its size."""
-    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    """Return a PNG (base64) as it is, or dithered to 128 colours and, where that is not enough, at three quarters of its size."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     while len(png) * 3 / 4 > MOST_PICTURE_BYTES:
-        buffer = io.BytesIO()
-        if picture.mode == "P":
-            picture = picture.convert("RGB").resize([side * 3 // 4 for side in picture.size], Image.Resampling.LANCZOS)
-        picture = picture.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        picture.save(buffer, "PNG", optimize=True)
+        few = picture.quantize(palette=picture.quantize(128, Image.Quantize.MAXCOVERAGE))
+        few.save(buffer := io.BytesIO(), "PNG", optimize=True)
         png = base64.b64encode(buffer.getvalue()).decode()
+        picture = picture.resize([side * 3 // 4 for side in picture.size], Image.Resampling.LANCZOS)
     return png
 
 
