@@ -69,9 +69,8 @@ def doctor() -> None:
     wrong += [download.problem(load_refer, sample, "refshapes")]
     if not any(wrong):
         wrong = [f"not in the clone: {name}" for name in load_refer(sample, "refshapes").missing_images()]
-    real = any((ROOT / "data" / name).is_dir() for name in download.SPLITS)
     notes = [*wrong[:9], download.problem(scoring.find_weights, "ViT-B-32"), scoring.hub_problem()]
-    notes += ["" if real else "no real data: bsap data get refcoco --split val"]
+    notes += ["no real data: bsap data get refcoco --split val"] * (not any((ROOT / "data").glob("refcoco*/*")))
     click.echo("\n".join(f"  - {note}" for note in notes if note) or "All there.")
     click.echo("Next: git checkout -- data   # the sample is part of the clone" if any(wrong) else "Next: make figures")
     sys.exit(any(wrong))
@@ -106,6 +105,7 @@ def masks(dataset: str, method: str, split: str | None, root: Path | None, out: 
 @click.option("--pretrained", default="openai", help="Its weights: a tag of open_clip, or a file.")
 @click.option("--bank", default="coco80", help="Auxiliary prompts of the bias: coco80, generic or a text file.")
 @click.option("--temperature", default=1.0, help="Of the bias.")
+@click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16", "fp16"]), help="bf16 is fast on GPUs.")
 @click.option("--local", is_flag=True, help="In this process, without Ray.")
 @click.option("--address", default="", help="Of a Ray cluster; else this machine.")
 def embed(source: Path, out: Path, **how: Any) -> None:
@@ -125,7 +125,7 @@ def data() -> None:
 @click.option("--split", default="", help="val, testA, testB (refcocog: val, test), train; as a,b. All but train.")
 @click.option("--root", type=FOLDER, default=ROOT / "data", help="Where to; else data/.")
 @click.option("--base-url", envvar="BSAP_BASE_URL", help="A mirror of the same file names, instead of all addresses.")
-@click.option("--images", type=FOLDER, help="A COCO folder, whose pictures are linked, not copied.")
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A COCO folder, to link.")
 def get(name: str, split: str, root: Path, base_url: str | None, images: Path | None) -> None:
     """Fetch annotations, detections and only the pictures that the splits need, or `clip-scores`."""
     from bsap_utils import download

@@ -139,7 +139,7 @@ def load_refer(
             images, annotations, expressions = _split_up(rows, instances)
         images, annotations, counts = _clean(images, annotations, folder, image_root)
     image = expressions["ann_id"].map(annotations["image_id"])
-    refuse(image != expressions["image_id"], f"{folder}: expression ", "its target is no object of its image")
+    refuse(image != expressions["image_id"], f"{folder}: expression ", "its target is no object with area in its image")
     blank = expressions["text"].str.strip() == ""
     counts["expressions without text left out"] = int(blank.sum())
     return ReferDataset(dataset, split_by, image_root, images, annotations, expressions[~blank], counts)
@@ -208,7 +208,8 @@ def _split_up(table: pd.DataFrame, instances: Path) -> tuple[pd.DataFrame, pd.Da
             numbers = table.groupby("file_name", sort=False).ngroup() + 1
         table["image_id"] = numbers.astype(np.int64)
         images = table.drop_duplicates("image_id").rename(columns={"image_id": "id"})
-        objects = table.drop_duplicates(["image_id", *XYWH], ignore_index=True).astype({"category": "category"})
+        objects = table.replace("", None).groupby(["image_id", *XYWH], sort=False, as_index=False).first()
+        objects = objects.fillna({"category": ""}).astype({"category": "category"})
         objects = objects.assign(id=objects.index + 1, area=objects["w"] * objects["h"], iscrowd=0)
     names = images[["id", "file_name"]].rename(columns={"id": "image_id"})
     pairs = table.reset_index(names="sent_id").merge(names).merge(objects, on="image_id", suffixes=("", "_"))

@@ -181,7 +181,7 @@ def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
         try:
             ds = load_refer(root := place.parent, place.name)
         except DatasetError as error:
-            wrong += [str(error)] * ("no such file" not in str(error))  # else it is no data set
+            wrong += [str(error)] * ("no such file" not in str(error) or any(place.glob("refs(*).p")))
             continue
         asked = read_json(root / "asked.json") if (root / "asked.json").is_file() else {}
         for split in ds.splits:

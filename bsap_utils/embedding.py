@@ -32,7 +32,7 @@ import bsap_utils
 
 from .aux_prompts import auxiliary_prompts
 from .datasets import open_picture, read_json, write_file
-from .normalization import shift_and_scale_from_features
+from .normalization import pool, shift_and_scale_from_features
 from .scoring import TEMPLATE, ClipScorer, ahead
 from .visual_prompts import squash
 
@@ -51,8 +51,9 @@ def text_of(name: Any) -> str:
 def files_to_read(source: Path, out: Path) -> list[str]:
     """Path, name in `source`, stamp and ids in `out` of each file that is not done, as JSON: Ray knows only UTF-8."""
     done, files, aside, root = {}, [], 0, source if source.is_dir() else source.parent
-    if any((out / "features").glob("*.parquet")):
+    if any((out / "features").glob("[!.]*.parquet")):  # those that are whole
         table = pd.read_parquet(out / "features", columns=["id", "source", "stamp"])
+        table = table[table["stamp"] == table.groupby("source")["stamp"].transform("last")]  # as in `read_features`
         done = table.groupby(["source", "stamp"])["id"].agg(list).to_dict()
     for path in sorted([source, *source.rglob("*")]):
         name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
@@ -72,8 +73,8 @@ def pictures_of(path: Path, source: str) -> Iterator[tuple[str, Any]]:
     try:
         if path.suffix.lower() == ".tar":
             with tarfile.open(path, ignore_zeros=True) as archive:  # goes on behind a broken header
-                for member in archive:
-                    if member.isfile() and Path(member.name).suffix.lower() in PICTURES:
+                for member in filter(tarfile.TarInfo.isfile, archive):
+                    if Path(member.name).suffix.lower() in PICTURES and not ASIDE.search(f"/{member.name}"):
                         content: Any = archive.extractfile(member).read(LARGEST)  # type: ignore[union-attr]
                         yield text_of(member.name.rpartition(".")[0]), content
         elif path.suffix.lower() == ".parquet":
@@ -114,9 +115,9 @@ def read(files: dict[str, Any], size: Any, interpolation: str) -> Iterator[dict[
 class Encoder:
     """Replaces the pixels of a batch by feature and bias, in this process or as an actor of Ray."""
 
-    def __init__(self, model: str, pretrained: str, texts: list[str], temperature: float, device: str = "auto") -> None:
-        self.scorer, self.temperature = ClipScorer(model, pretrained, device, cache=False), temperature
-        self.aux = self.scorer.encode_texts(texts)
+    def __init__(self, texts: list[str], temperature: float, *model: Any) -> None:
+        self.scorer, self.temperature = ClipScorer(*model, cache=False), temperature  # type: ignore[misc]
+        self.aux, _ = self.scorer.encode_texts(texts), pool(torch.zeros(1, 1), temperature)  # ValueError if it is none
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         scale, features = self.scorer.logit_scale, self.scorer.encode_images(torch.tensor(batch.pop("pixels")))
@@ -157,7 +158,7 @@ def write(out: Path, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, int]
 
 
 def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "openai", bank: str = "coco80",
-          temperature: float = 1.0, local: bool = False, address: str = "") -> dict[str, int]:  # fmt: skip
+          temperature: float = 1.0, precision: str = "fp32", local: bool = False, address: str = "") -> dict:  # fmt: skip
     """Write features and biases of the pictures of `source` that `out` has not with the same stamp; return what was made.
 
     With Ray it runs over the cluster at `address` (whose nodes see `source` and model under the same path), else over this
@@ -168,24 +169,24 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
         raise ValueError(f"{source}: no such file or folder, or {out} lies in it, which the next run would read.")
     with_ray = address or (find_spec("ray") and not local)
     texts = [TEMPLATE.format(text.lower()) for text in auxiliary_prompts(bank)]
-    how = model, pretrained, texts, temperature
-    encoder = Encoder(*how, "cpu" if with_ray else "auto")
+    how = texts, temperature, model, pretrained
+    encoder = Encoder(*how, "cpu" if with_ray else "auto", precision)
     scorer, digest = encoder.scorer, hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    made: dict[str, Any] = {"model": model, "pretrained": scorer.pretrained, "weights": scorer.weights_hash()}
-    made |= {"bank": bank, "bank_sha256": digest, "temperature": temperature, "logit_scale": scorer.logit_scale}
+    made: dict[str, Any] = {"source": text_of(source), "model": model, "pretrained": scorer.pretrained}
+    made |= {"weights": scorer.weights_hash, "precision": precision, "logit_scale": scorer.logit_scale}
+    made |= {"bank": bank, "bank_sha256": digest, "temperature": temperature}
     before = read_json(out / "embedding.json") if (out / "embedding.json").exists() else made
     if differ := [key for key in made if before.get(key) != made[key]]:
         raise ValueError(f"{out} was made with another {', '.join(differ)}: pass the same, or another folder.")
     files, decoding = files_to_read(source, out), (scorer.image_size, scorer.interpolation)
     write_file(out / "embedding.json", json.dumps(made | {"version": bsap_utils.__version__}, indent=1).encode())
     write_file(out / "auxiliary.parquet", pd.DataFrame({"text": texts, "feature": [*encoder.aux.numpy()]}).to_parquet)
-    if with_ray and files:
-        return write(out, over_ray(files, decoding, how, address))
-    return write(out, map(encoder, read({"item": files}, *decoding)))
+    over = over_ray(files, decoding, (*how, "auto", precision), address) if with_ray and files else None
+    return write(out, over or map(encoder, read({"item": files}, *decoding)))
 
 
 def read_features(out: Path | str) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Read what `embed` wrote: N ids, features [N, D] and biases [N]; of a source that was replaced, the last."""
-    frame = pd.read_parquet(Path(out) / "features")
+    frame = pd.read_parquet(Path(out) / "features").drop_duplicates(["source", "stamp", "id"], keep="last")
     frame = frame[frame["stamp"] == frame.groupby("source")["stamp"].transform("last")]
     return frame["id"].tolist(), torch.tensor(np.stack(frame["feature"])), torch.tensor(frame["bias"].to_numpy())

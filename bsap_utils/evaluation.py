@@ -109,13 +109,13 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
 def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     """Return the rank of the first relevant image for each text, from 1: [N, T] and [N, T] bool -> [T].
 
-    Of equal scores the lower row ranks first, as in `BalancedIndex`. ValueError where a text has no relevant image.
+    Of equal scores the lower row ranks first, as in `BalancedIndex`. ValueError where a text has none, or on NaN.
 
     >>> ranks(torch.tensor([[3.0], [2.0], [2.0]]), torch.tensor([[False], [False], [True]]))
     tensor([3])
     """
-    if not relevant.any(0).all():
-        raise ValueError(f"{int((~relevant.any(0)).sum())} of {relevant.shape[1]} texts have no relevant image.")
+    if scores.isnan().any() or not relevant.any(0).all():
+        raise ValueError(f"{(~relevant.any(0)).sum()} of {relevant.shape[1]} texts have no relevant image, or NaN.")
     best = scores.masked_fill(~relevant, -torch.inf).amax(0)
     equal = scores == best
     row = (equal & relevant).int().argmax(0)  # argmax takes the first of equals only if they are counted

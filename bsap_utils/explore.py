@@ -77,12 +77,11 @@ class Explorer:
         return typed if typed and "," in bank else auxiliary_prompts(bank, self.whole)
 
     def calibrated(self, setting: Setting) -> float:
-        """Return w* at the setting's temperature, from train expressions; NaN where the data set has none."""
-        if "train" not in self.whole.splits:
-            return float("nan")
-        unlabelled = self.logits(self.image, auxiliary_prompts("expressions", self.whole), setting).mean(1)
-        pooled = pool(self.logits(self.image, self.prompts(setting.bank), setting), setting.temperature)
-        return calibrated_weight(pooled, unlabelled, self.competing)
+        """Return w* at the setting's temperature, from train expressions or, where there are none, from the bank."""
+        prompts = self.prompts(setting.bank)
+        texts = auxiliary_prompts("expressions", self.whole) if "train" in self.whole.splits else prompts
+        a, unlabelled = (self.logits(self.image, part, setting) for part in (prompts, texts))
+        return calibrated_weight(pool(a, setting.temperature), unlabelled.mean(1), self.competing)
 
     def score(self, name: str, s: torch.Tensor, a: torch.Tensor, pairs: Any, setting: Setting) -> torch.Tensor:
         """Return a method's scores of pairs [P]: BSAP has the setting's temperature and weight, or w*."""
@@ -111,7 +110,7 @@ class Explorer:
         table = pd.DataFrame({"pick": place[0] + 1, "right": "–", "margin": best[0] - best[-1]}, SHOWN)
         if len(truth):
             table["right"] = np.where(box_iou(scene.boxes[place[0]], truth) > 0.5, "✓", "✗")
-        return table[table["margin"].notna()]  # without w* where there is none
+        return table
 
     def draw(self, scene: SimpleNamespace, setting: Setting, table: pd.DataFrame) -> bytes:
         """Return a PNG: the picture with the picks of CLIP and of the method in focus, and what makes their biases."""

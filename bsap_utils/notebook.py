@@ -18,7 +18,7 @@ OURS = re.compile(r"(fig|table|predictions)_.*|.*\.(ipynb|html)|run_info\.json|\
 
 def forms() -> list[tuple[str, Callable[[Any], bool], str]]:
     """Parameters of a form: their names, whether a value has it, and the form in words."""
-    from bsap_utils import aux_prompts, normalization, visual_prompts
+    from bsap_utils import aux_prompts, explore, normalization, visual_prompts
 
     methods, prompts, banks = normalization.METHODS, visual_prompts.VISUAL_PROMPTS, aux_prompts.BANKS
     is_file = lambda v: Path(str(v)).is_file()  # noqa: E731
@@ -29,11 +29,12 @@ def forms() -> list[tuple[str, Callable[[Any], bool], str]]:
          'a text with "{}" once, the place of the expression'),
         ("LIMIT AUX_SIZE TEXTS SEED STEPS PAIRS THREADS", lambda v: whole(v, 0), "a whole number, 0 or more"),
         ("SCENE NEIGHBOURS DRAWS SIZES HALVINGS BATCH_SIZE", lambda v: whole(v, 1), "a whole number over 0"),
-        ("TEMPERATURE TEMPERATURES", lambda v: between(v, 1e-6, 1e6) or v == float("inf"),
-         "a number from 0.000001 to 1000000, or inf (the mean)"),
+        ("TEMPERATURE", lambda v: between(v, 1e-6, 1e6), "a number from 0.000001 to 1000000; the mean is `subtraction`"),
+        ("TEMPERATURES", lambda v: between(v, 1e-6, 1e6) or v == float("inf"), "0.000001 to 1000000, or inf (the mean)"),
         ("HYBRID_WEIGHT GLOBAL_WEIGHT HEAD_NOUN_WEIGHT", lambda v: between(v, 0, 1), "a number from 0 to 1"),
         ("DEVICE", lambda v: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(v))), "auto, cuda, cuda:1, mps or cpu"),
-        ("METHOD METHODS", methods.__contains__, f"one of {', '.join(methods)}"),
+        ("METHODS", methods.__contains__, f"one of {', '.join(methods)}"),
+        ("METHOD", explore.SHOWN.__contains__, f"one of {', '.join(explore.SHOWN)}"),
         ("VISUAL_PROMPTS OTHER_PROMPTS", prompts.__contains__, f"one of {', '.join(prompts)}"),
         ("AUX_BANK BANKS", lambda v: v in banks or is_file(v), f"one of {', '.join(banks)}, or a text file"),
         ("PROPOSALS OTHER_PROPOSALS", lambda v: v in PROPOSALS or is_file(v), f"{', '.join(PROPOSALS)}, or a JSON file"),

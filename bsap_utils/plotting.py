@@ -280,9 +280,9 @@ def _draw_scene(axis: Any, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pa
     axis.text(0.5, -0.02, f"IoU: {overlaps}", transform=axis.transAxes, ha="center", va="top", fontsize=7, color="0.3")
 
 
-def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, a: Tensor, rows: Sequence[int]) -> Figure:
-    """Show why CLIP and BSAP pick differently, a column an expression (row numbers), with the eight highest logits."""
-    bias = a.double().logsumexp(1)[pairs.candidate]
+def hero(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, s: Tensor, bias: Tensor, rows: Sequence) -> Figure:
+    """Show why CLIP and BSAP (`bias` [C]) pick differently, a column an expression (row numbers), with its eight best."""
+    bias = bias[pairs.candidate]
     picks = {"clip": pick(pairs, s), "bsap": pick(pairs, s - bias)}
     figure = plt.figure(figsize=(DOUBLE_COLUMN, 4.7))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.98))  # what hangs below the ladders is not reckoned with

@@ -199,7 +199,8 @@ def _read_results(ds: ReferDataset, path: str | Path, bbox: Any) -> tuple[pd.Dat
     with reading(path, "{image id or file name: [[x, y, w, h], …]} or [{image_id, bbox or segmentation, score}, …]"):
         if isinstance(content, dict):
             content = [{"image_id": key, "bbox": box} for key, boxes in content.items() for box in boxes]
-        content = [{**entry, "image_id": ids.get(entry["image_id"], entry["image_id"])} for entry in content]
+        known = lambda key: ids.get(key, -1 if isinstance(key, str) and Path(key).suffix else key)  # noqa: E731
+        content = [{**entry, "image_id": known(entry["image_id"])} for entry in content]
         kinds = {"image_id": int, "bbox": bbox, "score": object, "segmentation": object}
         frame = datasets.read_table(content, f"{path}: entries", **kinds).astype({"score": float})
     outside = ~frame["image_id"].isin(ds.images.index)

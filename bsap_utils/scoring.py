@@ -201,8 +201,7 @@ class ClipScorer:
         self.device = pick_device(device)
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = precision if precision != "auto" else "bf16" if bf16 else "fp32"
-        self.dtype = DTYPES[self.precision]
-        self.model_name, self.pretrained = model, "" if ":" in model else pretrained
+        self.model_name, self.pretrained, self.dtype = model, "" if ":" in model else pretrained, DTYPES[self.precision]
         self.model, self.tokenizer, config = _load(model, self.pretrained, self.precision, self.device)
         self.model.eval().requires_grad_(False).visual.to(memory_format=torch.channels_last)
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 1024)
@@ -292,7 +291,8 @@ class ClipScorer:
         missing, boxes = features.isnan().any(-1), torch.tensor(candidates[XYWH].to_numpy(np.float32))
         rows = pd.Series(missing.any(0).nonzero().ravel().numpy())
         jobs = list(rows.groupby(candidates["image_id"].to_numpy()[rows], sort=False))  # an image and its rows
-        step = 1 + max(256, 4 * self.batch_size) * len(jobs) // (int(missing.sum()) + 1)  # jobs with so many views
+        room = 2**26 // max(ds.images["width"] * ds.images["height"], default=1)  # for pictures of 200 MB
+        step = 1 + min(max(256, 4 * self.batch_size) * len(jobs) // (int(missing.sum()) + 1), room)  # images
         groups = [jobs[start : start + step] for start in range(0, len(jobs), step)]
 
         def show(job: tuple[int, pd.Series]) -> list[tuple]:
@@ -330,21 +330,20 @@ class ClipScorer:
 
     def _space(self, prompt: str, *about: Any) -> str:
         """Return the space of features; "" if none are kept, as of a prompt of one's own, whose code may call others."""
-        own = prompt and VISUAL_PROMPTS[prompt].__module__ != show_regions.__module__
+        own = prompt and VISUAL_PROMPTS[prompt] not in visual_prompts.OURS
         if own or not (self.cache and cache_folder()):
             return ""
         code = [inspect.getsource(one) for one in (visual_prompts, encode_masked, open_picture, decode_masks) if prompt]
         versions = [one.__version__ for one in (torch, torchvision, open_clip, Image)]
         how = [self.model_name, self.pretrained, repr(self.model), self.preprocess, self.precision, self.device.type]
-        return digest(self._weights, how, versions, prompt, code, about)
+        return digest(self.weights_hash, how, versions, prompt, code, about)
 
+    @functools.cached_property
     def weights_hash(self) -> str:
         """Return 12 hexadecimal digits that change whenever the weights do."""
         state = sorted(self.model.state_dict().items())
         digests = [digest(one.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()) for _, one in state]
         return digest([name for name, _ in state], digests)[:12]
-
-    _weights = functools.cached_property(weights_hash)
 
     def logits(self, image: Tensor, text: Tensor) -> Tensor:
         """Return `logit_scale · cos`, plus SigLIP's bias, [C, T]: of image features [C, D], or the mean over V of [V, C, D]."""

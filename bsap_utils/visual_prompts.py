@@ -148,6 +148,7 @@ VISUAL_PROMPTS: dict[str, VisualPrompt] = {
     "mask_crop": crop,  # Global-Local CLIP (Yu et al. 2023), which fills with ImageNet's mean: one grey level off
     "global_local": crop,  # its local half; the global one is no picture: ClipScorer.encode_regions mixes it in
 }
+OURS = frozenset(VISUAL_PROMPTS.values())
 MASK_PROMPTS = frozenset({"mask_contour", "mask_gray", "mask_blur", "mask_crop", "global_local"})
 
 

@@ -38,6 +38,7 @@ from bsap_utils.notebook import usable_folder
 
 SECTIONS: dict[str, Any] = {"run_name": "", "skip": [], "all": {}, "published": {}}  # of a params file
 FREE = {"DATASET", "SPLIT", "REPORT_ON", "PROPOSALS", "GLOBAL_WEIGHT", "DATA_ROOT", "DEVICE", "OUT_DIR"}  # of its row
+SECOND = ("OTHER_", "BANKS", "GALLERY", "CHOOSE_ON")  # take what another takes: a folder's name says which it was
 
 
 def shown(path: Path) -> str:
@@ -257,7 +258,8 @@ def run(notebook: str, pairs: list[tuple[str, str]], params: Path | None, name: 
         return click.echo("\n".join(lines))
     given = dict(pairs)
     check_known("-p: no parameter", given, {name: "" for stem in chosen for name in known[stem]})
-    words = [v if v[:1].isalpha() and v not in ("True", "False", "None") else f"{n.lower()}-{v}" for n, v in pairs]
+    bare = [v[:1].isalpha() and v not in ("True", "False", "None") and not n.startswith(SECOND) for n, v in pairs]
+    words = [v if alone else f"{n.lower()}-{v}" for alone, (n, v) in zip(bare, pairs, strict=True)]
     results = slug([name] if name else [one for one in (content["run_name"], *words) if one])
     jobs = []
     for stem, path in chosen.items():

@@ -325,7 +325,7 @@ def edited(path, value):
         ("refs.2.ann_id", 999, r"expression \[1004\]: its target is no object"),
         ("refs.2.ann_id", [10, 11], r"refs, key 'ann_id'"),  # gRefCOCO
         ("refs.2.ann_id", -1, r"expression \[1004\]: its target is no object"),
-        ("refs.2.image_id", 7, r"expression \[1004\]: its target is no object of its image"),
+        ("refs.2.image_id", 7, r"expression \[1004\]: its target is no object with area in its image"),
         ("refs.2.split", None, r"refs, key 'split'"),
         ("refs.1.sentences.1.sent_id", 1000, r"refs\(unc\)\.p: refs\[2\]: 'sent_id' is that of an earlier entry"),
         ("refs.1.sentences.1.sent", 5, r"refs, key 'sent'"),
@@ -518,6 +518,17 @@ def test_all_columns_of_a_csv(tmp_path):
     assert ds.select("test").annotations["category"].tolist() == ["star"]
 
 
+def test_what_any_line_of_a_csv_says_of_a_box_is_kept(tmp_path):
+    mask = {"size": [30, 40], "counts": [0, 1200]}
+    head = [*HEAD, "category", "segmentation", "width", "height"]
+    rows = [
+        ["a.jpg", 1, 2, 10, 10, "mug", "", "", 40, 30],
+        ["a.jpg", 1, 2, 10, 10, "cup", "mug", json.dumps(mask), 40, 30],
+    ]
+    ds = load_refer(write_csv(tmp_path, rows, head, pictures=False), "mine")
+    assert ds.annotations[["category", "segmentation"]].values.tolist() == [["mug", mask]] and len(ds.expressions) == 2
+
+
 @pytest.mark.parametrize(
     ("rows", "head", "message"),
     [
@@ -528,7 +539,7 @@ def test_all_columns_of_a_csv(tmp_path):
         ),
         ([["a.jpg", 1, 2, "ten", 10, "mug"]], HEAD, r"could not convert string to float.*'ten'"),
         ([["a.jpg", 1, 2, "nan", 10, "mug"]], HEAD, r"expression \[0\]: no object has its box"),
-        ([["a.jpg", 50, 2, 3, 10, "mug"]], HEAD, r"expression \[0\]: its target is no object"),
+        ([["a.jpg", 50, 2, 3, 10, "mug"]], HEAD, r"expression \[0\]: its target is no object with area in its image"),
         ([["../a.jpg", 1, 2, 3, 10, "mug"]], HEAD, r"leads out of the image folder"),
         ([["/etc/passwd", 1, 2, 3, 10, "mug"]], HEAD, r"leads out of the image folder"),
         ([["c.jpg", 1, 2, 3, 10, "mug"]], HEAD, r"c\.jpg cannot be read"),

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_features_and_bias_are_those_of_the_scorer(run, tmp_path, clip, monkeypa
     auxiliary = pq.read_table(tmp_path / "out" / "auxiliary.parquet")
     assert auxiliary["text"].to_pylist() == texts
     np.testing.assert_allclose(np.stack(auxiliary["feature"].to_numpy()), scorer.encode_texts(texts), atol=1e-6)
-    assert json.loads((tmp_path / "out/embedding.json").read_text())["weights"] == scorer.weights_hash()
+    assert json.loads((tmp_path / "out/embedding.json").read_text())["weights"] == scorer.weights_hash
 
 
 def test_the_same_images_in_every_layout(run, tmp_path):
@@ -219,6 +220,13 @@ def test_other_settings_and_places_are_refused(run, tmp_path, monkeypatch):
     bank.write_text("cat")
     with pytest.raises(ValueError, match="made with another bank_sha256: "):
         run(source, "own bank", bank=str(bank))
+    with pytest.raises(ValueError, match="made with another source: "):  # whose pictures of the same name would be lost
+        run(folder_of(tmp_path / "another", IMAGES))
+    with pytest.raises(ValueError, match="made with another weights, precision: "):
+        run(source, precision="bf16")
+    with pytest.raises(ValueError, match="must lie between"):
+        run(source, "third", temperature=0.0)
+    assert run(source, "third")["images"] == 6  # what was wrong has left nothing behind
     with pytest.raises(ValueError, match="lies in it"):
         run(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
@@ -265,3 +273,32 @@ def test_over_ray_the_features_are_the_same(tmp_path, clip, run, ray_here):
     here, there = by_id(tmp_path / "here"), by_id(tmp_path / "ray")
     assert here.keys() == there.keys() and all(np.allclose(here[key], there[key], atol=2e-6) for key in here)
     assert [row["id"] for row in errors(tmp_path / "ray")] == ["broken.png"]
+
+
+def test_a_picture_that_comes_back_with_its_old_time_is_made_again(run, tmp_path):
+    source = folder_of(tmp_path / "source", IMAGES)
+    file = sorted(source.iterdir())[0]
+    first, stat = file.read_bytes(), file.stat()
+    run(source)
+    was = by_id(tmp_path / "out")[file.name]
+    file.write_bytes(encoded(picture(77)))
+    run(source)
+    file.write_bytes(first)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert run(source)["images"] == 1 and by_id(tmp_path / "out")[file.name] @ was > 0.9999
+
+
+def test_what_a_kill_left_half_written_and_what_two_runs_wrote_twice_do_not_count(run, tmp_path):
+    source, features = folder_of(tmp_path / "source", IMAGES), tmp_path / "out/features"
+    features.mkdir(parents=True)
+    (features / ".1790-000000.77.part.parquet").write_bytes(os.urandom(2000))
+    assert run(source)["images"] == 6
+    (whole,) = features.glob("[!.]*.parquet")
+    shutil.copy(whole, features / "9-000000.parquet")
+    assert len(embedding.read_features(tmp_path / "out")[0]) == 6
+
+
+def test_hidden_members_of_a_tar_are_left_out(run, tmp_path):
+    hidden = dict.fromkeys(["._a.png", "__MACOSX/._a.png", "@eaDir/a.png"], b"of the system")
+    tar_of(tmp_path / "source/a.tar", {"a.png": encoded(picture(1))} | hidden)
+    assert run(tmp_path / "source") == {"images": 1, "errors": 0}

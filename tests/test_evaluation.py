@@ -153,6 +153,8 @@ def test_ranks_and_recall_are_counted_by_hand():
     assert list(table)[:4] == ["gallery", "method", "n", "recall_1"] and table["delta_1"].iloc[0] == 0
     with pytest.raises(ValueError, match="30 of 30 texts have no relevant image"):
         ranks(scores["clip"], torch.zeros_like(relevant))
+    with pytest.raises(ValueError, match="NaN"):
+        ranks(scores["clip"] * torch.nan, relevant)
 
 
 def test_the_interval_of_the_median_rank_holds_it_as_often_as_it_says():

@@ -5,7 +5,6 @@ The controls are cells of notebook 00: these tests run them as they stand there,
 
 import datetime
 import io
-import math
 import time
 
 import ipywidgets
@@ -20,7 +19,7 @@ from bsap_utils import ROOT, explore
 from bsap_utils.aux_prompts import auxiliary_prompts
 from bsap_utils.datasets import XYWH
 from bsap_utils.evaluation import pick
-from bsap_utils.normalization import METHODS, pool
+from bsap_utils.normalization import METHODS, calibrated_weight, pool
 from bsap_utils.regions import box_iou
 
 BOX = ["x", "y", "width", "height"]
@@ -133,15 +132,18 @@ def test_the_calibrated_weight_is_least_squares_on_train_expressions(explorer, s
     assert explorer.calibrated(setting) == pytest.approx((x * m).sum() / (x * x).sum(), rel=1e-4)
 
 
-def test_without_train_expressions_the_weight_is_left_out(cells, explorer):
+def test_without_train_expressions_the_weight_is_that_of_the_bank(cells, explorer):
+    """As in notebook 03; and it can be in focus."""
     own = explore.Explorer(explorer.ds, cells["candidates"], explorer.scorer, explorer.ds)
-    assert math.isnan(own.calibrated(explore.Setting()))
+    setting = explore.Setting("red star", method="bsap_calibrated")
+    a = own.logits(own.image, own.prompts("categories"), setting)
+    assert own.calibrated(setting) == calibrated_weight(pool(a), a.mean(1), own.competing)
     cells["explorer"] = own
     try:
-        page = cells["controls"](explore.Setting("red star"))
+        page = cells["controls"](setting)
     finally:
         cells["explorer"] = explorer
-    assert not page.message.value and not page.mark.value and "w*" not in page.table.value and page.picture.value
+    assert not page.message.value and page.mark.value and "w*" in page.table.value and page.picture.value
 
 
 def test_every_control_redraws_what_it_should(page):

@@ -131,10 +131,12 @@ def test_a_picture_that_moved_is_found_again(few, regions, counted, tmp_path):
 
 
 def test_a_prompt_of_ones_own_is_not_kept(few, regions, counted, monkeypatch):
-    monkeypatch.setitem(vp.VISUAL_PROMPTS, "mine", lambda image, boxes, masks: image.expand(len(boxes), -1, -1, -1))
-    for scorer in (counted(), counted()):
-        scorer.encode_regions(few, regions, ["mine"])
-        assert scorer.images == len(regions)
+    ours = vp.whole(vp.box_masks, outside=lambda image: image // 2)  # made with a function of the package
+    for prompt in (lambda image, boxes, masks: image.expand(len(boxes), -1, -1, -1), ours):
+        monkeypatch.setitem(vp.VISUAL_PROMPTS, "mine", prompt)
+        for scorer in (counted(), counted()):
+            scorer.encode_regions(few, regions, ["mine"])
+            assert scorer.images == len(regions)
 
 
 @pytest.mark.parametrize("damage", ["bit", "short", "empty", "foreign"])
@@ -279,3 +281,13 @@ def test_without_a_folder_nothing_is_kept(counted, monkeypatch):
         scorer.encode_texts(["star", "key"])
         assert scorer.texts == 2
     assert scoring.cache_folder() == "" and not scoring.cache_files()
+
+
+def test_large_pictures_are_encoded_a_few_at_a_time(few, regions, counted, monkeypatch):
+    """What `ahead` holds is bounded in pixels too: 2**26 of them, and the next as many."""
+    held, whole = [], scoring.ahead
+    monkeypatch.setattr(scoring, "ahead", lambda function, groups: whole(function, held.append(groups) or groups))
+    large = dataclasses.replace(few, images=few.images.assign(width=8000, height=4000))
+    monkeypatch.setattr(scoring, "read_image", lambda ds, image_id, device: torch.zeros(3, 300, 400, dtype=torch.uint8))
+    counted(cache=False).encode_regions(large, regions, ["crop"])
+    assert [len(group) for group in held[-1]] == [3, 2]

@@ -195,11 +195,10 @@ def test_a_checkpoint_file(plain, tmp_path):
     assert scoring.find_weights(SMALL, str(tmp_path / "mine.pt")) == tmp_path / "mine.pt"
     scorer = ClipScorer(SMALL, str(tmp_path / "mine.pt"), device="cpu")
     assert torch.equal(scorer.model.visual.conv1.weight, plain.visual.conv1.weight)
-    same, first = ClipScorer(SMALL, str(tmp_path / "mine.pt"), device="cpu"), scorer.weights_hash()
-    assert same.weights_hash() == first
+    same, other = (ClipScorer(SMALL, str(tmp_path / "mine.pt"), device="cpu") for _ in range(2))
     with torch.no_grad():
-        next(same.model.parameters()).add_(1e-3)
-    assert same.weights_hash() != first
+        next(other.model.parameters()).add_(1e-3)
+    assert same.weights_hash == scorer.weights_hash != other.weights_hash
 
 
 def test_a_folder_without_weights_and_damaged_weights(save_clip):

@@ -261,7 +261,7 @@ def test_the_hero_shows_both_picks_with_logit_and_difference(val_case):
     difference = s - a.double().logsumexp(1)[pairs.candidate]
     clip, bsap = pick(pairs, s), pick(pairs, difference)
     rows = (clip != bsap).nonzero().ravel()[:2].tolist()
-    figure = plotting.hero(ds, val_case.candidates, pairs, s, a, rows)
+    figure = plotting.hero(ds, val_case.candidates, pairs, s, a.logsumexp(1), rows)
     for column, row in enumerate(rows):
         scene, ladder = figure.axes[column], figure.axes[len(rows) + column]
         assert {"CLIP", "BSAP"} <= {text.get_text() for text in scene.texts}
@@ -277,7 +277,7 @@ def test_the_hero_shows_the_eight_highest_logits_and_bsap_s_pick_though_its_logi
     lowest = own[val_case.s[own].argmin()]
     a = val_case.a.clone()
     a[pairs.candidate[lowest]] = -50
-    ladder = plotting.hero(val_case.ds, val_case.candidates, pairs, val_case.s, a, [row]).axes[1]
+    ladder = plotting.hero(val_case.ds, val_case.candidates, pairs, val_case.s, a.double().logsumexp(1), [row]).axes[1]
     drawn = torch.from_numpy(ladder.lines[0].get_ydata())
     expected = torch.cat([val_case.s[own].sort(descending=True).values[:8], val_case.s[lowest][None]]).double()
     assert len(own) > 9 and drawn.equal(expected) and len(ladder.texts) == 2 * 9

@@ -657,3 +657,11 @@ def test_the_same_picks_from_a_table_of_ones_own(real_photos, scorer, tmp_path):
         )
     pd.testing.assert_frame_equal(*(one.reset_index(drop=True) for one in picks))
     assert len(picks[0]) == 47
+
+
+def test_boxes_of_other_pictures_are_counted_whether_by_id_or_by_file_name(ds, tmp_path):
+    named = {"c.jpg": [[1, 2, 3, 4]], "elsewhere.jpg": [[1, 1, 9, 9], [2, 2, 9, 9]]}
+    numbered = {"20": [[1, 2, 3, 4]], "77": [[1, 1, 9, 9], [2, 2, 9, 9]]}
+    by_name, by_id = (from_boxes(ds, save(content, tmp_path)) for content in (named, numbered))
+    assert rows(by_name) == rows(by_id) and by_name.attrs["counts"] == by_id.attrs["counts"]
+    assert by_id.attrs["counts"]["entries of images outside the data set ignored"] == 2
