@@ -21,16 +21,18 @@ _REC = {"accuracy_low": "ci_low", "accuracy_high": "ci_high", "delta_accuracy": 
 
 
 def pick(pairs: Pairs, scores: Tensor) -> Tensor:
-    """Return the row of `pairs` with the highest score of each expression, [P] -> [E]; of equal scores the first.
+    """Return the row of `pairs` with the highest score of each expression, [P] -> [E] or [P, K] -> [E, K]; of equals the first.
 
     Raises ValueError for scores that are NaN or not one a pair.
     """
-    if scores.shape != pairs.expression.shape or scores.isnan().any():
+    if scores.shape[:1] != pairs.expression.shape or scores.isnan().any():
         raise ValueError(f"{list(scores.shape)} scores of {len(pairs)} pairs, or NaN: one number a pair is needed.")
-    count, rows = int(pairs.expression.max()) + 1, torch.arange(len(scores), device=scores.device)
-    top = scores.new_zeros(count).scatter_reduce(0, pairs.expression, scores, "amax", include_self=False)
+    numbers = pairs.expression, torch.arange(len(scores), device=scores.device)
+    index, rows = (one.view(-1, *[1] * (scores.ndim - 1)).expand_as(scores) for one in numbers)
+    top = scores.new_zeros(int(pairs.expression.max()) + 1, *scores.shape[1:])
+    top = top.scatter_reduce(0, index, scores, "amax", include_self=False)
     rows = rows.where(scores == top[pairs.expression], len(rows))
-    return rows.new_zeros(count).scatter_reduce(0, pairs.expression, rows, "amin", include_self=False)
+    return rows.new_zeros(top.shape).scatter_reduce(0, index, rows, "amin", include_self=False)
 
 
 def _picks(pairs: Pairs, scores: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:

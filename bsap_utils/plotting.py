@@ -268,8 +268,6 @@ def _draw_scene(axis: Any, ds: ReferDataset, candidates: pd.DataFrame, pairs: Pa
         masks = decode_masks([region["segmentation"] for region in regions], image.height, image.width)
         tint = np.full((*masks.shape[1:], 4), (0.72, 0.72, 0.72, 0.55))  # pale, but for the masks
         tint[masks.any(0)] = 0
-        for name, mask in zip(chosen, masks, strict=False):
-            tint[mask] = mpl.colors.to_rgba(colour(name), 0.5)
         axis.imshow(tint)
     boxes = [region[XYWH].tolist() for region in regions]
     for number, name in enumerate(chosen):

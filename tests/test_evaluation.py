@@ -41,12 +41,18 @@ def test_the_first_of_the_highest_is_picked(seed, steps):
     assert pick(pairs, s.float()).tolist() == expected
 
 
+def test_many_settings_are_picked_at_once():
+    pairs, scores = case()
+    many = torch.stack([*scores.values(), torch.zeros(len(pairs))], 1)
+    assert pick(pairs, many).T.tolist() == [pick(pairs, one).tolist() for one in many.T]
+
+
 def test_scores_that_are_not_one_number_a_pair_are_refused():
     pairs, scores = case()
     for wrong in (
         scores["clip"][:-1],
         scores["clip"].where(pairs.expression > 0, math.nan),
-        torch.zeros(len(pairs), 2),
+        torch.zeros(2, len(pairs)),
     ):
         with pytest.raises(ValueError, match="one number a pair is needed"):
             pick(pairs, wrong)
