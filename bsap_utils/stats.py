@@ -87,5 +87,5 @@ def verdict(name: str, delta: float, low: float, high: float, p: float = 0.0) ->
     'BSAP − CLIP: +2.7 points [+0.2, +5.6]: better'
     """
     shown = ("better" if low > 0 else "worse") if p < 0.05 and (low > 0 or high < 0) else "no difference shown"
-    text = f"{name} − CLIP: {delta:+.1f} points [{low:+.1f}, {high:+.1f}]{f', p = {p:.2f}' * (p > 0)}: {shown}"
+    text = f"{name} − CLIP: {delta:+.1f} points [{low:+.1f}, {high:+.1f}]{f', p = {p:.2f}' if p > 0 else ''}: {shown}"
     return text.replace("+nan", "–").replace(" -", " −").replace("[-", "[−").replace("−0.0", "+0.0")

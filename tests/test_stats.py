@@ -103,6 +103,6 @@ def test_one_rule_for_table_text_and_figure(low, high, p, expected):
 
 def test_a_verdict_reads_as_a_sentence():
     assert verdict("BSAP", 2.71, 0.24, 5.6, p=0.03) == "BSAP − CLIP: +2.7 points [+0.2, +5.6], p = 0.03: better"
-    assert verdict("BSAP", 2.71, 0.24, 5.6, p=0.06).endswith("[+0.2, +5.6], p = 0.06: no difference shown")
+    assert verdict("BSAP", *np.array([2.71, 0.24, 5.6, 0.06])).endswith("[+0.2, +5.6], p = 0.06: no difference shown")
     assert verdict("A", -0.04, -1.25, -0.01) == "A − CLIP: +0.0 points [−1.2, +0.0]: worse"
     assert verdict("A", 1.0, math.nan, math.nan) == "A − CLIP: +1.0 points [–, –]: no difference shown"
