@@ -179,8 +179,8 @@ def read_image(ds: ReferDataset, image_id: int, device: torch.device | str = "cp
 
 
 def ahead(function: Callable, groups: Iterable[Sequence]) -> Iterator[list]:
-    """Yield [function(item), …] of each group; threads are at work on the next one meanwhile."""
-    with ThreadPoolExecutor(4) as pool:
+    """Yield [function(item), …] of each group; threads, of one core each, are at work on the next one meanwhile."""
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         begun = (pool.map(function, group) for group in groups)
         for results, _ in itertools.pairwise(itertools.chain(begun, [()])):
             yield list(results)
@@ -191,7 +191,7 @@ class ClipScorer:
 
     `model`, `pretrained`: any pair that open_clip knows, or a model's name and the path of a checkpoint; or, with weights
     of their own, `hf-hub:OWNER/NAME` and `local-dir:FOLDER`. `device="auto"` takes CUDA, then Apple MPS, then the CPU;
-    `precision="auto"` bf16 on a GPU that has it, else fp32. `batch_size` pictures or texts are encoded at once (0: 16 on
+    `precision="auto"` bf16 on a GPU that has it, else fp32. `batch_size` pictures or texts are encoded at once (0: 32 on
     a CPU, else 1,024), half as many as often as the device runs out of memory. Features are unit vectors, float32, on the
     CPU and, with `cache`, kept on disk. Raises ModelError.
     """
@@ -204,7 +204,7 @@ class ClipScorer:
         self.model_name, self.pretrained, self.dtype = model, "" if ":" in model else pretrained, DTYPES[self.precision]
         self.model, self.tokenizer, config = _load(model, self.pretrained, self.precision, self.device)
         self.model.eval().requires_grad_(False).visual.to(memory_format=torch.channels_last)
-        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 1024)
+        self.batch_size = batch_size or (32 if self.device.type == "cpu" else 1024)
         self.cache, self.width = cache, config["embed_dim"]
         self.preprocess: dict[str, Any] = self.model.visual.preprocess_cfg
         self.image_size = tuple(np.broadcast_to(self.preprocess["size"], 2).tolist())  # height, width
