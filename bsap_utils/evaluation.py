@@ -117,7 +117,7 @@ def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     tensor([3])
     """
     if scores.isnan().any() or not relevant.any(0).all():
-        raise ValueError(f"{(~relevant.any(0)).sum()} of {relevant.shape[1]} texts have no relevant image, or NaN.")
+        raise ValueError(f"{(~relevant.any(0)).sum()} texts have no relevant image, or scores are NaN: no rank is known.")
     best = scores.masked_fill(~relevant, -torch.inf).amax(0)
     equal = scores == best
     row = (equal & relevant).int().argmax(0)  # argmax takes the first of equals only if they are counted
