@@ -116,8 +116,8 @@ def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
     >>> ranks(torch.tensor([[3.0], [2.0], [2.0]]), torch.tensor([[False], [False], [True]]))
     tensor([3])
     """
-    if scores.isnan().any() or not relevant.any(0).all():
-        raise ValueError(f"{(~relevant.any(0)).sum()} texts have no relevant image, or scores are NaN: no rank is known.")
+    if (lacking := ~relevant.any(0)).any() or scores.isnan().any():
+        raise ValueError(f"{lacking.sum()} of {len(lacking)} texts have no relevant image, or scores are NaN.")
     best = scores.masked_fill(~relevant, -torch.inf).amax(0)
     equal = scores == best
     row = (equal & relevant).int().argmax(0)  # argmax takes the first of equals only if they are counted
