@@ -24,6 +24,12 @@ def rows(table, **where):
     frame = pd.read_csv(ROOT / "figures" / f"{table}.csv")
     for column, value in where.items():
         frame = frame[frame[column] == value]
+    if (
+        frame.empty
+        and str(where.get("scores")).startswith((COCO, THINGS))
+        and not [*ROOT.glob("data/clip-scores/*.np[yz]")]
+    ):
+        pytest.skip("the last `make figures` was without the real CLIP scores")
     return frame
 
 
