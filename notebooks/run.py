@@ -26,8 +26,10 @@ from typing import Any
 
 import bleach
 import click
+import nbformat
 import pandas as pd
 import yaml
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from papermill import execute_notebook, inspect_notebook
 
@@ -202,6 +204,27 @@ def clean_html(element: str) -> str:
     return bleach.clean(re.sub(r"(?s)<style.*?</style>", "", element), tags=tags, attributes=attributes)
 
 
+def web_page(notebook: Path) -> str:
+    """Return an executed notebook as HTML that needs neither scripts nor a network: its formulas are MathML."""
+    executed, formulas = nbformat.read(notebook, as_version=4), {}
+
+    def keep(formula: re.Match) -> str:
+        display, inline = formula.groups()
+        place = f"\ue000{len(formulas)}\ue000"  # stands in until the page is clean: the cleaning escapes MathML
+        with suppress(Exception):  # a formula that cannot be read stays as it was typed
+            formulas[place] = convert(display or inline, display="block" if display else "inline")
+            return place
+        return formula[0]
+
+    for cell in (cell for cell in executed.cells if cell.cell_type == "markdown"):
+        cell.source = re.sub(r"(?s)\$\$(.+?)\$\$|\$(.+?)\$", keep, cell.source)
+    exporter = HTMLExporter(sanitize_html=True)
+    exporter.register_filter("clean_html", clean_html)
+    page = exporter.from_notebook_node(executed, {"metadata": {"name": notebook.stem}})[0]
+    page = re.sub(r"(?s)<script.*?</script>", "", page)  # nbconvert's own
+    return re.sub("\ue000\\d+\ue000", lambda place: formulas.get(place[0], place[0]), page)
+
+
 def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: Path, made_by: dict) -> list[str]:
     """Execute a notebook in the run's `folder`, move its results to `target`, say so, and return their names."""
     from torch import cuda  # here, since PyTorch takes seconds to import
@@ -215,9 +238,7 @@ def run_one(notebook: Path, defaults: dict, values: dict, folder: Path, target: 
     device = cuda.get_device_name() if cuda.is_available() else platform.machine()
     entry = {"device": device, "seconds": round(seconds, 1), **made_by}
     moved, alien = publish(staging, target, {"notebook": where, "parameters": parameters, **entry})
-    page = HTMLExporter(sanitize_html=True)
-    page.register_filter("clean_html", clean_html)
-    output.with_suffix(".html").write_text(page.from_filename(str(output))[0], "utf-8")
+    output.with_suffix(".html").write_text(web_page(output), "utf-8")
     click.echo(f"{notebook.stem} took {seconds:.1f} s, {len(moved)} files to {shown(target)}/: {', '.join(moved)}")
     if alien:
         click.echo(f"  left as they are, since no run made them: {', '.join(alien)}; the new ones: {shown(staging)}/")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,18 @@ def test_executed_notebook_and_page_are_kept(executed, root):
     assert "no error" in (folder / "03_rec.html").read_text("utf-8")
     assert f"2 files to figures/{executed[1].name}/: fig_more.svg, table_facts.csv" in executed[0]
     assert f"runs/{folder.name}/03_rec.ipynb" in executed[0]
+
+
+def test_pages_show_formulas_without_a_network_or_scripts(root):
+    own = new_notebook(cells=[new_markdown_cell(r"$$x_1$$, $\frac{1}{2}$ and $\frac{$")])
+    nbformat.write(own, root / "own.ipynb")
+    for path in [*Path(bsap_utils.ROOT, "notebooks").glob("*.ipynb"), root / "own.ipynb"]:
+        page = run.web_page(path)
+        assert f"<title>{path.stem}</title>" in page and not re.search("<script|<link[^>]*http|\ue000", page)
+        assert not re.search(r"<m\w+>[^<]*\\", page)  # a command that MathML lacks shows with its backslash
+        typed = "".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+        assert page.count("<math") == typed.replace("$$", "$").count("$") // 2 - (path.stem == "own")
+    assert r"and $\frac{$" in page and '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in page
 
 
 def test_what_a_notebook_writes_no_more_is_removed_and_what_is_not_ours_stays(executed, root):
