@@ -115,13 +115,16 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 
 def results_page(folder: Path) -> str:
-    """Return the page of a folder of figures: by notebook, its main table and every figure over its caption."""
+    """Return the page of a folder of figures: by notebook, as it tells them, its main table and figures with captions."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     lines = [f"# Results: {folder.name}", "", "Written by the run; `manifest.json` says what made each file."]
-    for notebook in sorted({entry["notebook"] for entry in manifest.values()}):
-        stem = Path(notebook).stem
-        lines += ["", f"## [{stem}](../../notebooks/{stem}.ipynb)"]
-        for name in (name for name, entry in manifest.items() if entry["notebook"] == notebook):
+    for path in sorted({entry["notebook"] for entry in manifest.values()}):
+        cells = nbformat.read(ROOT / path, as_version=4).cells if (ROOT / path).is_file() else []
+        text = "\n".join([cell.source for cell in cells] or [path])
+        title = text.partition("\n")[0].removeprefix("# ")
+        lines += ["", f"## [{title}](../../{path})"]
+        names = [name for name, entry in manifest.items() if entry["notebook"] == path]
+        for name in sorted(names, key=lambda name: text.find(f'"{Path(name).stem}')):
             if name in MAIN_TABLES:
                 table = pd.read_csv(folder / name)
                 lines += ["", markdown_table(table[[column for column in MAIN_TABLES[name] if column in table]])]

@@ -3,6 +3,7 @@
 import ast
 import base64
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -150,6 +151,20 @@ def test_rendering_keeps_no_widget_progress_bar_or_random_name():
 def test_data_is_escaped_on_the_results_page():
     table = pd.DataFrame({"split": ["<script>alert(1)</script>"], "n": [np.nan]})
     assert "<script>" not in render.markdown_table(table) and "| – |" in render.markdown_table(table)
+
+
+def test_results_page_follows_the_notebooks(tmp_path):
+    names = ["fig_hero.png", "fig_rec.png", "table_rec.csv", "fig_mine.png"]
+    manifest = {name: {"notebook": "notebooks/03_rec.ipynb"} for name in names[:3]} | {
+        "fig_mine.png": {"notebook": "my"}
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for name in names:
+        shutil.copy(ROOT / "figures/sample" / name.replace("mine", "rec"), tmp_path / name)
+    page = render.results_page(tmp_path)
+    story = ["## [my]", "fig_mine.png", "## [03 · Referring Expression Comprehension](../../notebooks/03_rec.ipynb)"]
+    story += ["| split | method", "fig_rec.png", "fig_hero.png"]
+    assert [page.index(part) for part in story] == sorted(page.index(part) for part in story)
 
 
 def test_outputs_are_those_of_the_sample_with_the_usual_parameters(tmp_path, monkeypatch):
