@@ -4,8 +4,6 @@ The paper's bank is not known to us; the bank is therefore a parameter that the 
 without a template; the scorer puts them into the same template as the expressions.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """RefCOCO, RefCOCO+, RefCOCOg (Yu et al., ECCV 2016) and data of one's own as pandas frames; all reading and writing of files."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -85,7 +83,7 @@ class ReferDataset:
         """Names that `select` accepts, sorted."""
         return sorted(self.expressions["split"].unique())
 
-    def select(self, split: str | Sequence[str] | None = None, limit: int | None = None) -> ReferDataset:
+    def select(self, split: str | Sequence[str] | None = None, limit: int | None = None) -> "ReferDataset":
         """Return one or several splits (None: all) with their images, and of each the first `limit` images (0: all)."""
         if not isinstance(split, str | None):  # refcocog's splits share images
             parts, names = [self.select(one, limit) for one in split], ("images", "annotations", "expressions")

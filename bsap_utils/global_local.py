@@ -1,7 +1,5 @@
 """Global-Local CLIP (Yu et al., CVPR 2023), the baseline of referring image segmentation."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 

@@ -4,8 +4,6 @@ A frame of candidates has one row a candidate, in the order of `ds.images`, each
 (pixels) and, where known, ann_id, score, segmentation (a mask in every row); `frame.attrs["counts"]` says what was changed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ SPACE is a digest of all that they depend on (weights, model, visual prompt and 
 of the file's bytes; a key is a digest of the picture's bytes, whatever its name or time, of the box and the mask.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

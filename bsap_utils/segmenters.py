@@ -1,7 +1,5 @@
 """Masks for those who have none: felzenszwalb, which needs no weights, and Segment Anything for those who have its."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
