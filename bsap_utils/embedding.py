@@ -52,9 +52,7 @@ def files_to_read(source: Path, out: Path) -> list[str]:
     """Path, name in `source`, stamp and ids in `out` of each file that is not done, as JSON: Ray knows only UTF-8."""
     done, files, aside, root = {}, [], 0, source if source.is_dir() else source.parent
     if any((out / "features").glob("[!.]*.parquet")):  # those that are whole
-        table = pd.read_parquet(out / "features", columns=["id", "source", "stamp"])
-        table = table[table["stamp"] == table.groupby("source")["stamp"].transform("last")]  # as in `read_features`
-        done = table.groupby(["source", "stamp"])["id"].agg(list).to_dict()
+        done = latest(out, ["id", "source", "stamp"]).groupby(["source", "stamp"])["id"].agg(list).to_dict()
     for path in sorted([source, *source.rglob("*")]):
         name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
         if not path.is_file() or suffix not in PICTURES | {".tar", ".parquet"} or ASIDE.search(f"/{name}"):
@@ -185,8 +183,13 @@ def embed(source: Path, out: Path, model: str = "ViT-B-32", pretrained: str = "o
     return write(out, over or map(encoder, read({"item": files}, *decoding)))
 
 
+def latest(out: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Return the rows of `out`'s features, all `columns` or some; of a source that was replaced, those of its last stamp."""
+    frame = pd.read_parquet(out / "features", columns=columns)
+    return frame[frame["stamp"] == frame.groupby("source")["stamp"].transform("last")]
+
+
 def read_features(out: Path | str) -> tuple[list[str], torch.Tensor, torch.Tensor]:
     """Read what `embed` wrote: N ids, features [N, D] and biases [N]; of a source that was replaced, the last."""
-    frame = pd.read_parquet(Path(out) / "features").drop_duplicates(["source", "stamp", "id"], keep="last")
-    frame = frame[frame["stamp"] == frame.groupby("source")["stamp"].transform("last")]
+    frame = latest(Path(out)).drop_duplicates(["source", "stamp", "id"], keep="last")
     return frame["id"].tolist(), torch.tensor(np.stack(frame["feature"])), torch.tensor(frame["bias"].to_numpy())
