@@ -276,44 +276,54 @@ class ClipScorer:
         patches outside the mask hidden, l mask_crop's, w = `global_weight` (there 0.95, and 0.85 for RefCOCOg). Raises
         DatasetError, ModelError, and KeyError for a prompt that is not in VISUAL_PROMPTS.
         """
-        if "global_local" in visual_prompts and not has_patch_tokens(self.model.visual):
-            raise ModelError(f"'global_local' hides patches, but {self.model_name} has no class token over such.")
-        masked = bool(MASK_PROMPTS.intersection(visual_prompts))
-        if masked and ("segmentation" not in candidates or candidates["segmentation"].isna().any()):
-            raise DatasetError(f"Candidates without a mask, which {visual_prompts} need: take ground_truth's, say.")
-        if absent := ds.missing_images():
-            raise DatasetError(f"{len(absent)} images are not in {ds.image_root}, as {absent[0]}: see `bsap data get`.")
+        self._check_regions(ds, candidates, visual_prompts)
         spaces = [self._space(name, global_weight * (name == "global_local")) for name in visual_prompts]
         keys = _region_keys(ds, candidates) if any(spaces) else [""] * len(candidates)
         features = torch.stack([find_features(space, keys, self.width) for space in spaces])
         missing, boxes = features.isnan().any(-1), torch.tensor(candidates[XYWH].to_numpy(np.float32))
-        rows = pd.Series(missing.any(0).nonzero().ravel().numpy())
-        jobs = list(rows.groupby(candidates["image_id"].to_numpy()[rows], sort=False))  # an image and its rows
-        room = 2**26 // max(ds.images["width"] * ds.images["height"], default=1)  # for pictures of 200 MB
-        step = 1 + min(max(256, 4 * self.batch_size) * len(jobs) // (int(missing.sum()) + 1), room)  # images
-        groups = [jobs[start : start + step] for start in range(0, len(jobs), step)]
+        groups = self._groups(ds, candidates, missing)
 
-        def show(job: tuple[int, pd.Series]) -> list[tuple]:
-            """Return an image, its masks, rows and views under each visual prompt: of those that lack it."""
-            image, rows, parts = read_image(ds, job[0], self.device), torch.tensor(job[1].to_numpy()), []
-            if masked:
-                masks = torch.from_numpy(decode_masks(candidates["segmentation"].iloc[job[1]], *image.shape[1:]))
+        def show(job: tuple[int, Tensor]) -> dict[str, tuple]:
+            """Return image, masks, rows and views of an image's candidates, for each visual prompt that some lack."""
+            image, rows, parts, masks = read_image(ds, job[0], self.device), job[1], {}, None
+            if MASK_PROMPTS.intersection(visual_prompts):
+                masks = torch.from_numpy(decode_masks(candidates["segmentation"].iloc[rows.numpy()], *image.shape[1:]))
             for name, lacks in zip(visual_prompts, missing[:, rows], strict=True):
-                new, own = rows[lacks], masks[lacks].to(self.device) if masked else None
-                how = name, self.image_size, own, self.interpolation
-                parts.append((image, own, new, show_regions(image, boxes[new], *how) if len(new) else new))
+                if lacks.any():
+                    own = None if masks is None else masks[lacks].to(self.device)
+                    views = show_regions(image, boxes[rows[lacks]], name, self.image_size, own, self.interpolation)
+                    parts[name] = image, own, rows[lacks], views
             return parts
 
         for shown in tqdm(ahead(show, groups), "Encoding", len(groups), delay=2, leave=False):
-            for name, space, found, *parts in zip(visual_prompts, spaces, features, *shown, strict=True):
-                if parts := [part for part in parts if len(part[-1])]:
-                    new = torch.cat([rows for _, _, rows, _ in parts])
-                    found[new] = self._encode_parts(name, parts, global_weight)
-                    keep_features(space, [keys[row] for row in new], found[new])
+            for name, space, found in zip(visual_prompts, spaces, features, strict=True):
+                if parts := [of_image[name] for of_image in shown if name in of_image]:
+                    rows = torch.cat([rows for _, _, rows, _ in parts])
+                    found[rows] = self._encode_parts(name, parts, global_weight)
+                    keep_features(space, [keys[row] for row in rows], found[rows])
         return features
 
+    def _check_regions(self, ds: ReferDataset, candidates: pd.DataFrame, visual_prompts: Sequence[str]) -> None:
+        """Raise ModelError or DatasetError for what `encode_regions` would lack, before anything is encoded."""
+        if "global_local" in visual_prompts and not has_patch_tokens(self.model.visual):
+            raise ModelError(f"'global_local' hides patches, but {self.model_name} has no class token over such.")
+        unmasked = "segmentation" not in candidates or candidates["segmentation"].isna().any()
+        if unmasked and MASK_PROMPTS.intersection(visual_prompts):
+            raise DatasetError(f"Candidates without a mask, which {visual_prompts} need: take ground_truth's, say.")
+        if absent := ds.missing_images():
+            raise DatasetError(f"{len(absent)} images are not in {ds.image_root}, as {absent[0]}: see `bsap data get`.")
+
+    def _groups(self, ds: ReferDataset, candidates: pd.DataFrame, missing: Tensor) -> list[list[tuple[int, Tensor]]]:
+        """Return groups of images, as many as are encoded at once, each with its rows that are `missing` [V, C]."""
+        rows = missing.any(0).nonzero().ravel().numpy()
+        by_image = pd.Series(rows).groupby(candidates["image_id"].to_numpy()[rows], sort=False)
+        jobs = [(image_id, torch.tensor(own.to_numpy())) for image_id, own in by_image]
+        room = 2**26 // max(ds.images["width"] * ds.images["height"], default=1)  # for pictures of 200 MB
+        step = 1 + min(max(256, 4 * self.batch_size) * len(jobs) // (int(missing.sum()) + 1), room)  # images
+        return [jobs[start : start + step] for start in range(0, len(jobs), step)]
+
     def _encode_parts(self, name: str, parts: list[tuple], global_weight: float) -> Tensor:
-        """Encode the views of images, masks, rows and views: [n, D]."""
+        """Encode what `show` made of a group of images under a visual prompt, in its order: [n, D]."""
         features = self._encode_views([views for *_, views in parts])
         if name == "global_local":
             whole = torch.cat([self._whole(image, masks) for image, masks, *_ in parts])
