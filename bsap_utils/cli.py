@@ -26,10 +26,10 @@ INSTALLED = {d.name: d.version for d in metadata.distributions()}
 
 
 class Commands(click.Group):
-    """Commands whose errors that are ours end in one sentence, and a terminal that lacks a letter shows another."""
+    """Commands that end in one sentence where an error is ours; what the terminal cannot show is replaced."""
 
     def main(self, *args: Any, **how: Any) -> Any:
-        """Run the command line; click itself ends the process, but for errors that are ours."""
+        """Run the command line; click ends the process, except after errors of ours, which end it here."""
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
         try:

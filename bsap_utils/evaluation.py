@@ -60,9 +60,10 @@ def _table(setting: Mapping[str, Any], methods: Iterable[str], count: int, numbe
     return pd.concat([pd.DataFrame({**texts, "method": [*methods], "n": count}), numbers], axis=1)
 
 
-def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5, seed: int = 0,
-              by: pd.Series | None = None, **setting: Any) -> pd.DataFrame:  # fmt: skip
-    """Return how often each method picks a candidate with IoU > `threshold` (strict, as ReCLIP's code): a row a method.
+def rec_table(
+    pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.Series | None = None, **setting: Any
+) -> pd.DataFrame:
+    """Return how often each method picks a candidate with IoU > 0.5 (strict, as ReCLIP's code): a row a method.
 
     Columns: `setting`, method, n, accuracy, ci_low, ci_high, delta_vs_clip (points, to the first method, whatever its
     name), p_value (sign flips over images), delta_ci_low, delta_ci_high, p_holm (for the methods of the table). With
@@ -76,9 +77,10 @@ def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], threshold: float = 0.5
     1   val   mine  2     100.0           50.0
     """
     rows, images = _picks(pairs, scores)
-    every, parts = (pairs.iou[rows] > threshold).double().numpy().T, []
-    for level, inside in ({"": slice(None)} if by is None else by.groupby(by.to_numpy(), sort=False).indices).items():
-        hits, of_level = every[inside], setting if by is None else {**setting, by.name: level}
+    right, parts = (pairs.iou[rows] > 0.5).double().numpy().T, []
+    levels = {"": slice(None)} if by is None else by.groupby(by.to_numpy(), sort=False).indices
+    for level, inside in levels.items():
+        hits, of_level = right[inside], setting if by is None else {**setting, by.name: level}
         table = _measures({"accuracy": hits}, images[inside], seed).rename(columns=_REC)
         p = sign_flip_p(hits - hits[:, :1], images[inside], seed=seed)
         table.insert(4, "p_value", p.round(4))

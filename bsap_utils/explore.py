@@ -68,7 +68,7 @@ class Explorer:
         return SimpleNamespace(image=image, boxes=boxes, rows=rows, features=features, expressions=known)
 
     def logits(self, features: torch.Tensor, texts: Any, setting: Setting) -> torch.Tensor:
-        """Return logits [C, T] of candidates' features [V, C, D] (`image`: of all) and texts."""
+        """Return logits [C, T] of candidates' features [V, C, D] (`self.image`: those of all scenes) with texts."""
         return self.scorer.logits(features, self.scorer.encode_texts(texts, setting.template))
 
     def prompts(self, bank: str) -> list[str]:

@@ -247,11 +247,11 @@ def thumbnail(ds: ReferDataset, candidates: pd.DataFrame, row: int, side: int = 
 
 
 def scene_panel(ds: ReferDataset, candidates: pd.DataFrame, pairs: Pairs, scores: Mapping[str, Tensor], rows: Sequence[int],
-                method: str = "bsap", columns: int = 3) -> Figure:  # fmt: skip
+                method: str = "bsap") -> Figure:  # fmt: skip
     """Show expressions (row numbers): the target in white dashes, and the picks of `method` and of the first of `scores`."""
     picks = {name: pick(pairs, scores[name]) for name in dict.fromkeys([next(iter(scores)), method])}
-    shape = -(-len(rows) // columns), columns
-    figure, axes = plt.subplots(*shape, figsize=(7, shape[0] * 6.65 / columns), squeeze=False, subplot_kw=BLANK)
+    shape = -(-len(rows) // 3), 3
+    figure, axes = plt.subplots(*shape, figsize=(7, shape[0] * 6.65 / 3), squeeze=False, subplot_kw=BLANK)
     for axis, row in zip(axes.flat, map(int, rows), strict=False):
         _draw_scene(axis, ds, candidates, pairs, row, {name: int(best[row]) for name, best in picks.items()})
     return figure

@@ -31,7 +31,8 @@ class BalancedIndex:
 
     index: Any
     aux_features: Tensor
-    settings: dict[str, Any]  # of build; `units` of f / scale and of the bias, less `centre`, as stored; `largest` norm
+    # what `build` was given, and how vectors are stored: [f / scale / units[0], (bias - centre) / units[1]], norms <= largest
+    settings: dict[str, Any]
 
     @classmethod
     def build(cls, image_features: Tensor, aux_features: Tensor, logit_scale: float, method: str = "bsap",
