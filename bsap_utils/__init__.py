@@ -15,7 +15,7 @@ _NAMES = {
     "datasets": ["DatasetError", "load_refer", "open_picture"],
     "regions": ["box_iou", "from_boxes", "from_masks", "ground_truth", "load_candidates", "pair_up", "whole_images"],
     "scoring": ["ClipScorer", "ModelError", "load_scorer"],
-    "aux_prompts": ["auxiliary_prompts"],
+    "aux_prompts": ["auxiliary_prompts", "unlabelled_texts"],
     "normalization": ["METHODS", "bsap", "bsap_hybrid", "calibrated_weight", "pool", "shift_and_scale"],
     "evaluation": ["pick", "rec_table", "recall_table", "ris_table"],
     "stats": ["verdict"],

@@ -4,6 +4,7 @@ The paper's bank is not known to us; the bank is therefore a parameter that the 
 without a template; the scorer puts them into the same template as the expressions.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,15 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
     if not 1 <= wanted <= len(prompts):
         raise ValueError(f"The bank {bank!r} has {len(prompts)} prompts, too few for a size of {max(wanted, 1)}.")
     return [prompts[i] for i in np.sort(np.random.default_rng(seed).permutation(len(prompts))[:wanted])]
+
+
+def unlabelled_texts(ds: ReferDataset, besides: Iterable[str], size: int = 256, seed: int = 0) -> list[str]:
+    """Return up to `size` expressions of the train split, lower case, drawn by `seed`: what `calibrated_weight` asks about.
+
+    `ds` is the whole data set. None is in `besides`, the bank and the queries, unless all are. Without a train split they
+    come from all splits; asked about every candidate, they carry no answer.
+    """
+    train = ds.expressions.loc[ds.expressions["split"] == "train", "text"]
+    texts = {*(train if len(train) else ds.expressions["text"]).str.lower()}
+    left = sorted(texts - {text.lower() for text in besides}) or sorted(texts)
+    return [left[i] for i in np.random.default_rng(seed).permutation(len(left))[:size]]

@@ -13,7 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from . import plotting
-from .aux_prompts import auxiliary_prompts
+from .aux_prompts import auxiliary_prompts, unlabelled_texts
 from .datasets import XYWH, ReferDataset
 from .evaluation import pick
 from .normalization import METHODS, calibrated_weight, pool
@@ -77,9 +77,9 @@ class Explorer:
         return typed if typed and "," in bank else auxiliary_prompts(bank, self.whole)
 
     def calibrated(self, setting: Setting) -> float:
-        """Return w* at the setting's temperature, from train expressions or, where there are none, from the bank."""
+        """Return w* at the setting's temperature, from expressions that are neither asked here nor in the bank."""
         prompts = self.prompts(setting.bank)
-        texts = auxiliary_prompts("expressions", self.whole) if "train" in self.whole.splits else prompts
+        texts = unlabelled_texts(self.whole, [*prompts, *self.ds.expressions["text"]])
         a, unlabelled = (self.logits(self.image, part, setting) for part in (prompts, texts))
         return calibrated_weight(pool(a, setting.temperature), unlabelled.mean(1), self.competing)
 

@@ -9,14 +9,15 @@ pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mea
     clip             nothing                     0    Radford et al. 2021
     bsap             pool, T = 1                 1    arXiv 2402.18400
     bsap_calibrated  pool, T = 1                 w*   ours: least squares on unlabelled texts
-    qb_norm          pool, T = scale / 20        1    Bogolin et al. 2022, static; of a gallery: `qb_norm_dynamic`
+    qb_norm          pool, T = scale / 20        1    inverted softmax (Smith et al. 2017) with the T of QB-Norm (Bogolin
+                                                      et al. 2022), whose dynamic part needs a gallery: `qb_norm_dynamic`
     subtraction      mean                        1    Shtedritski et al. 2023 (Red Circle)
     dn               mean                        1/2  Zhou et al. 2023; its mean image is the same for all regions
-    tas              mean, image's other queries 0.7  Suo et al. 2023; transductive: the other queries are the bank
+    tas              mean, image's other queries 0.7  as Suo et al. 2023, whose bank are phrases of a generated caption
     nnn              mean of the 128 largest     3/4  Chowdhury et al. 2024
     csls             mean of the 10 largest      1/2  Conneau et al. 2018, halved; its term of the text cancels
     db_norm          pools of texts and images   1    Wang et al. 2023 (DualIS): still one number a region
-    sinkhorn         pool of a − potentials      1    Pan et al. 2025 (DBSN); its first half-iteration is bsap
+    sinkhorn         pool of a − potentials      1    Pan et al. 2025 without their bank of images; starts as bsap
     bsap_zscore      mean, then / deviation           ours; as mutual proximity's one-sided form under normal tails
     bsap_minmax      minimum, then / range            ours
     bsap_h           w · softmax over the candidates + (1 − w) · BSAP: arXiv 2402.18400; needs the query, so no shift
@@ -157,8 +158,8 @@ def qb_norm_dynamic(scores: Tensor, a: Tensor, temperature: float = 5.0) -> Tens
     return scores - pool(a, temperature)[:, None] * corrected
 
 
-def _dual(a: Tensor, image_logits: Tensor, temperature: float = 199.0, image_temperature: float = 100 / 3) -> Tensor:
-    """T = scale / β: the authors' β₁ = 1/1.99 and β₂ = 3, at CLIP's scale of 100 (that of `image_logits` [C, K] too)."""
+def _dual(a: Tensor, image_logits: Tensor, temperature: float = 2.0, image_temperature: float = 100.0) -> Tensor:
+    """T = scale / β: Pan et al.'s β of 50 and 1 for CLIP, at its scale of 100 (that of `image_logits` [C, K] too)."""
     texts, images = _pool(a, temperature), pool(image_logits, image_temperature)
     return (image_temperature * texts + temperature * images) / (temperature + image_temperature)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.special import logsumexp
 
 from bsap_utils import ROOT, explore
-from bsap_utils.aux_prompts import auxiliary_prompts
+from bsap_utils.aux_prompts import auxiliary_prompts, unlabelled_texts
 from bsap_utils.datasets import XYWH
 from bsap_utils.evaluation import pick
 from bsap_utils.normalization import METHODS, calibrated_weight, pool
@@ -119,12 +119,8 @@ def test_right_wrong_and_margin(explorer):
 def test_the_calibrated_weight_is_least_squares_on_train_expressions(explorer, scorer):
     setting = explore.Setting(bank="generic", temperature=3.0)
     a = explorer.logits(explorer.image, auxiliary_prompts("generic"), setting).double().numpy()
-    m = (
-        explorer.logits(explorer.image, auxiliary_prompts("expressions", explorer.whole), setting)
-        .double()
-        .numpy()
-        .mean(1)
-    )
+    texts = unlabelled_texts(explorer.whole, [*auxiliary_prompts("generic"), *explorer.ds.expressions["text"]])
+    m = explorer.logits(explorer.image, texts, setting).double().numpy().mean(1)
     x = 3.0 * logsumexp(a / 3.0, axis=1)
     for image in explorer.competing.unique().tolist():
         rows = explorer.competing.numpy() == image
@@ -132,12 +128,14 @@ def test_the_calibrated_weight_is_least_squares_on_train_expressions(explorer, s
     assert explorer.calibrated(setting) == pytest.approx((x * m).sum() / (x * x).sum(), rel=1e-4)
 
 
-def test_without_train_expressions_the_weight_is_that_of_the_bank(cells, explorer):
+def test_without_train_expressions_the_weight_is_measured_on_all(cells, explorer):
     """As in notebook 03; and it can be in focus."""
     own = explore.Explorer(explorer.ds, cells["candidates"], explorer.scorer, explorer.ds)
     setting = explore.Setting("red star", method="bsap_calibrated")
     a = own.logits(own.image, own.prompts("categories"), setting)
-    assert own.calibrated(setting) == calibrated_weight(pool(a), a.mean(1), own.competing)
+    texts = unlabelled_texts(explorer.ds, own.prompts("categories"))
+    mean = own.logits(own.image, texts, setting).mean(1)
+    assert own.calibrated(setting) == pytest.approx(calibrated_weight(pool(a), mean, own.competing))
     cells["explorer"] = own
     try:
         page = cells["controls"](setting)

@@ -97,10 +97,10 @@ def oracle(name, s, a, pairs, extra, **options):
     if name == "sinkhorn":
         return s - sinkhorn_rows(a)[candidate]
     if name == "db_norm":  # exp(β₁ s) / Σ exp(β₁ a) · exp(β₂ s) / Σ exp(β₂ i) on cosines, its log for each unit of β
-        first, second, images = s / 100 / 1.99, s / 100 * 3, extra["db_norm"]["image_logits"].numpy()[candidate]
-        first = first - np.log(np.exp(a[candidate] / 100 / 1.99).mean(1))
-        second = second - np.log(np.exp(images / 100 * 3).mean(1))
-        return 100 * (first + second) / (1 / 1.99 + 3)
+        first, second, images = s / 100 * 50, s / 100, extra["db_norm"]["image_logits"].numpy()[candidate]
+        first = first - np.log(np.exp(a[candidate] / 100 * 50).mean(1))
+        second = second - np.log(np.exp(images / 100).mean(1))
+        return 100 * (first + second) / (50 + 1)
     if name == "bsap_calibrated":
         pooled, image = np.array([mean_exp_log(row, 1) for row in a]), extra[name]["image"].numpy()
         x, y = (

@@ -15,7 +15,7 @@ from bsap_utils.datasets import XYWH
 QUICK = {"LIMIT": 12, "OTHER_TEMPLATES": ["a photo of the {}."], "BANKS": ["categories", "expressions"], "OTHER_PROMPTS": [],
          "TEMPERATURES": [1.0, 5.0, float("inf")], "OTHER_PROPOSALS": ["gt"], "DRAWS": 2, "TEXTS": 40,
          "MODEL": ["local-dir:data/clip-refshapes"], "CLIPS": []}  # fmt: skip
-WAYS = ["bsap", "calibrated", "calibrated_5", "hubness", "both", "choice"]
+WAYS = ["bsap", "calibrated", "calibrated_5", "half", "texts", "hubness", "both", "choice"]
 LABEL_FREE = ["clip", "proposals", "bank", "template", "region_share", "agreement", "weight"]
 
 
@@ -70,6 +70,9 @@ def test_gains_are_those_of_a_slow_computation(plain):
     assert row["clip_accuracy"] == pytest.approx(accuracy(0), abs=1e-3)
     assert row["gain_bsap"] == pytest.approx(accuracy(1) - accuracy(0), abs=2e-3)
     assert row["gain_calibrated"] == pytest.approx(accuracy(w) - accuracy(0), abs=2e-3)
+    assert row["gain_half"] == pytest.approx(accuracy(0.5) - accuracy(0), abs=2e-3)
+    pooled = u.mean(1)  # no bank: the mean over the texts that the weight is measured on
+    assert row["gain_texts"] == pytest.approx(accuracy(1) - accuracy(0), abs=2e-3)
 
 
 def test_share_agreement_and_weight_need_no_labels(plain, tmp_path, monkeypatch):
