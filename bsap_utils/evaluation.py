@@ -60,9 +60,8 @@ def _table(setting: Mapping[str, Any], methods: Iterable[str], count: int, numbe
     return pd.concat([pd.DataFrame({**texts, "method": [*methods], "n": count}), numbers], axis=1)
 
 
-def rec_table(
-    pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.Series | None = None, **setting: Any
-) -> pd.DataFrame:
+def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.Series | None = None,
+              **setting: Any) -> pd.DataFrame:  # fmt: skip
     """Return how often each method picks a candidate with IoU > 0.5 (strict, as ReCLIP's code): a row a method.
 
     Columns: `setting`, method, n, accuracy, ci_low, ci_high, delta_vs_clip (points, to the first method, whatever its

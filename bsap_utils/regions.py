@@ -134,7 +134,7 @@ def _mask_overlaps(ds: ReferDataset, *sides: pd.DataFrame) -> tuple[np.ndarray, 
         once = side[~side.index.duplicated()]
         rles, row = _all_rles(ds, once, "mask"), once.index.get_indexer(side.index)
         columns.append([rles[i] for i in row])
-        areas = areas + mask_areas(rles)[row]
+        areas = areas + np.array([coco.area(rle) for rle in rles], np.int64)[row]  # over 255 at once pycocotools fails
     iou = np.array([coco.iou([ours], [theirs], [0]).item() for theirs, ours in zip(*columns, strict=True)])
     shared = np.rint(iou * areas / (1 + iou)).astype(np.int64)  # IoU = I / (areas - I), I whole pixels
     return iou, shared, areas - shared
@@ -175,11 +175,6 @@ def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> np.nd
     with reading("A mask", f"RLE or polygons for a picture of {height} × {width} (height × width)"):
         masks = coco.decode([to_rle(segmentation, height, width) for segmentation in segmentations])
     return np.ascontiguousarray(masks.transpose(2, 0, 1)).astype(bool)
-
-
-def mask_areas(masks: Sequence[dict]) -> np.ndarray:
-    """Return the number of pixels of each of `masks` (compressed RLE): int64 [N]."""
-    return np.array([coco.area(mask) for mask in masks], dtype=np.int64)  # of over 255 at once pycocotools fails
 
 
 def _all_rles(ds: ReferDataset, frame: pd.DataFrame, source: str) -> list[dict]:
