@@ -108,7 +108,10 @@ def shift_and_scale(a: Tensor, name: str = "bsap", dtype: Any = torch.float64, *
     """
     if name not in _CORRECTIONS:
         raise ValueError(f"{name!r} is not a shift and a scale of each region; {', '.join(_CORRECTIONS)} are.")
-    result = _CORRECTIONS[name](a.to(dtype), **options)
+    try:
+        result = _CORRECTIONS[name](a.to(dtype), **options)
+    except TypeError as error:  # options that it does not have or that are missing
+        raise TypeError(f"{name}: {error}") from error
     shift, scale = result if isinstance(result, tuple) else (result, torch.ones_like(result))
     return shift, scale.where(scale > 2e-5, 1)  # logits that differ by rounding only: such a region is just shifted
 

@@ -199,6 +199,8 @@ class ClipScorer:
         self.device = pick_device(device)
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.precision = precision if precision != "auto" else "bf16" if bf16 else "fp32"
+        if self.precision not in DTYPES:
+            raise ModelError(f"Unknown precision {precision!r}: use auto, {', '.join(DTYPES)}.")
         self.model_name, self.pretrained, self.dtype = model, "" if ":" in model else pretrained, DTYPES[self.precision]
         self.model, self.tokenizer, config = _load(model, self.pretrained, self.precision, self.device)
         self.model.eval().requires_grad_(False).visual.to(memory_format=torch.channels_last)
@@ -247,6 +249,8 @@ class ClipScorer:
 
     def encode_texts(self, texts: Iterable[str], template: str = "{}") -> Tensor:
         """Encode texts, in lower case, in a template with one {}, each distinct one once: [N, D]. Long ones are cut, and said."""
+        if isinstance(texts, str):
+            raise ValueError(f"{texts!r} would be taken as {len(texts)} texts of a letter: pass a list of texts.")
         filled = [template.replace("{}", text.lower()) for text in texts]
         if not filled or template.count("{}") != 1:
             raise ValueError(f"{len(filled)} texts do not go into the template {template!r}: give texts, and one {{}}.")
@@ -274,7 +278,7 @@ class ClipScorer:
         `candidates`: a row each: image_id, x, y, w, h in pixels and, for prompts that show masks, segmentation. Global-Local
         CLIP's "global_local" (Yu et al., CVPR 2023) is w · g + (1 - w) · l, not yet normalized: g the whole image's with the
         patches outside the mask hidden, l mask_crop's, w = `global_weight` (there 0.95, and 0.85 for RefCOCOg). Raises
-        DatasetError, ModelError, and KeyError for a prompt that is not in VISUAL_PROMPTS.
+        DatasetError, ModelError, and ValueError for a prompt that is not in VISUAL_PROMPTS.
         """
         self._check_regions(ds, candidates, visual_prompts)
         spaces = [self._space(name, global_weight * (name == "global_local")) for name in visual_prompts]
@@ -304,7 +308,9 @@ class ClipScorer:
         return features
 
     def _check_regions(self, ds: ReferDataset, candidates: pd.DataFrame, visual_prompts: Sequence[str]) -> None:
-        """Raise ModelError or DatasetError for what `encode_regions` would lack, before anything is encoded."""
+        """Raise ValueError, ModelError or DatasetError for what `encode_regions` cannot do, before it encodes."""
+        if unknown := [name for name in visual_prompts if name not in VISUAL_PROMPTS]:
+            raise ValueError(f"Unknown visual prompt {unknown[0]!r}: pass a list of {', '.join(VISUAL_PROMPTS)}.")
         if "global_local" in visual_prompts and not has_patch_tokens(self.model.visual):
             raise ModelError(f"'global_local' hides patches, but {self.model_name} has no class token over such.")
         unmasked = "segmentation" not in candidates or candidates["segmentation"].isna().any()
@@ -395,6 +401,8 @@ class Ensemble(ClipScorer):
 def load_scorer(models: str | Sequence[str], pretrained: str | Sequence[str] = "openai", device: str = "auto",
                 **options: Any) -> ClipScorer:  # fmt: skip
     """Return the scorer of a model, or of several with as many (or one) `pretrained`, averaged. Raises ModelError."""
-    pairs = np.broadcast(np.atleast_1d(models), np.atleast_1d(pretrained))
-    scorers = [ClipScorer(str(name), str(tag), device, **options) for name, tag in pairs]
+    names, tags = np.atleast_1d(models), np.atleast_1d(pretrained)
+    if len(names) != len(tags) and 1 not in (len(names), len(tags)):
+        raise ValueError(f"{len(names)} models and {len(tags)} pretrained: give as many of both, or one of either.")
+    scorers = [ClipScorer(str(name), str(tag), device, **options) for name, tag in np.broadcast(names, tags)]
     return scorers[0] if len(scorers) == 1 else Ensemble(scorers)
