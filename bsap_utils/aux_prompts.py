@@ -51,10 +51,9 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
 
 
 def unlabelled_texts(ds: ReferDataset, besides: Iterable[str], size: int = 256, seed: int = 0) -> list[str]:
-    """Return up to `size` expressions of the train split, lower case, drawn by `seed`: what `calibrated_weight` asks about.
+    """Return up to `size` expressions of `ds`' train split, lower case, drawn by `seed`: texts for `calibrated_weight`.
 
-    `ds` is the whole data set. None is in `besides`, the bank and the queries, unless all are. Without a train split they
-    come from all splits; asked about every candidate, they carry no answer.
+    None is in `besides` (bank, queries), unless all are. Without a train split, of all splits: asked of all candidates.
     """
     train = ds.expressions.loc[ds.expressions["split"] == "train", "text"]
     texts = {*(train if len(train) else ds.expressions["text"]).str.lower()}

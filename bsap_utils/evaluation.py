@@ -77,9 +77,9 @@ def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.
     """
     rows, images = _picks(pairs, scores)
     right, parts = (pairs.iou[rows] > 0.5).double().numpy().T, []
-    levels = {"": slice(None)} if by is None else by.groupby(by.to_numpy(), sort=False).indices
-    for level, inside in levels.items():
-        hits, of_level = right[inside], setting if by is None else {**setting, by.name: level}
+    by = pd.Series("", range(len(images))) if by is None else by
+    for level, inside in by.groupby(by.array, sort=by.dtype == "category", observed=True).indices.items():
+        hits, of_level = right[inside], setting | ({by.name: level} if by.name else {})
         table = _measures({"accuracy": hits}, images[inside], seed).rename(columns=_REC)
         p = sign_flip_p(hits - hits[:, :1], images[inside], seed=seed)
         table.insert(4, "p_value", p.round(4))
@@ -143,17 +143,9 @@ def recall_table(scores: Mapping[str, Tensor], relevant: Tensor, seed: int = 0, 
 
 
 def accuracy_by(pairs: Pairs, scores: Mapping[str, Tensor], groups: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return accuracy in slices of the expressions: `groups`, or one Series, has a row an expression, in a column its slice.
-
-    Columns aspect, slice, method, n, accuracy, ci_low, ci_high, delta_vs_clip, delta_ci_low, delta_ci_high (percent; to
-    the first method; intervals resample images, as in `rec_table`).
-    """
-    rows, images = _picks(pairs, scores)
-    hits, parts = (pairs.iou[rows] > 0.5).double().numpy().T, []
-    for aspect, labels in pd.DataFrame(groups).reset_index(drop=True).items():
-        for name, inside in labels.groupby(labels, observed=True).indices.items():
-            table = _measures({"accuracy": hits[inside]}, images[inside], seed, draws=2000).rename(columns=_REC)
-            parts.append(_table({"aspect": aspect, "slice": name}, scores, len(inside), table))
+    """Return `rec_table` by slices: `groups`, or one Series, has a row an expression and a column an aspect, its slice."""
+    slices = {aspect: labels.astype("category").rename("slice") for aspect, labels in pd.DataFrame(groups).items()}
+    parts = [rec_table(pairs, scores, seed, labels, aspect=aspect) for aspect, labels in slices.items()]
     return pd.concat(parts, ignore_index=True)
 
 

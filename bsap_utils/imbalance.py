@@ -82,8 +82,7 @@ def hub_table(counts: pd.DataFrame, clusters: np.ndarray, draws: int = 1000, see
     """Return how unevenly images are retrieved, from `k_occurrence` counts: a row an image, a column a method.
 
     A row a method and measure: skewness (Radovanović et al., JMLR 2010), gini, never (share of zeros). Columns method,
-    measure, value, ci_low, ci_high, delta_vs_clip (to the first method), delta_ci_low, delta_ci_high; intervals resample
-    `clusters` [N] and keep the counts.
+    measure, value, ci_low, ci_high, delta_vs_clip (to the first), delta_ci_low, delta_ci_high; intervals resample `clusters`.
     """
     measures = {"skewness": lambda part: skew(part, 1), "gini": gini, "never": lambda part: (part == 0).mean(1)}
     codes, names = pd.factorize(clusters)

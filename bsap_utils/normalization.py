@@ -9,8 +9,7 @@ pool_T(a) = T · log(mean_m exp(a_m / T)), from the maximum (T → 0) to the mea
     clip             nothing                     0    Radford et al. 2021
     bsap             pool, T = 1                 1    arXiv 2402.18400
     bsap_calibrated  pool, T = 1                 w*   ours: least squares on unlabelled texts
-    qb_norm          pool, T = scale / 20        1    inverted softmax (Smith et al. 2017) with the T of QB-Norm (Bogolin
-                                                      et al. 2022), whose dynamic part needs a gallery: `qb_norm_dynamic`
+    qb_norm          pool, T = scale / 20        1    Bogolin et al. 2022, static: inverted softmax; else `qb_norm_dynamic`
     subtraction      mean                        1    Shtedritski et al. 2023 (Red Circle)
     dn               mean                        1/2  Zhou et al. 2023; its mean image is the same for all regions
     tas              mean, image's other queries 0.7  as Suo et al. 2023, whose bank are phrases of a generated caption
@@ -103,15 +102,11 @@ def calibrated_weight(pooled: Tensor, mean_logit: Tensor, image: Tensor) -> floa
 def shift_and_scale(a: Tensor, name: str = "bsap", dtype: Any = torch.float64, **options: Any) -> tuple[Tensor, Tensor]:
     """Return shift and scale of each region, [C, M] -> [C], [C]: METHODS[name] is (s − shift) / scale.
 
-    So a correction fits into an index of vectors. `options` are those of METHODS[name]. Raises ValueError for "bsap_h"
-    and "tas", which need the queries.
+    So a correction fits into an index of vectors. Raises ValueError for "bsap_h" and "tas", which need the queries.
     """
     if name not in _CORRECTIONS:
         raise ValueError(f"{name!r} is not a shift and a scale of each region; {', '.join(_CORRECTIONS)} are.")
-    try:
-        result = _CORRECTIONS[name](a.to(dtype), **options)
-    except TypeError as error:  # options that it does not have or that are missing
-        raise TypeError(f"{name}: {error}") from error
+    result = _CORRECTIONS[name](a.to(dtype), **options)
     shift, scale = result if isinstance(result, tuple) else (result, torch.ones_like(result))
     return shift, scale.where(scale > 2e-5, 1)  # logits that differ by rounding only: such a region is just shifted
 

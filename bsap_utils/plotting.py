@@ -34,7 +34,7 @@ METHODS = {
     "bsap_calibrated": ("BSAP, weight w*", "#000000"), "subtraction": ("Subtraction", "#E69F00"), "csls": ("CSLS", "#AA4499"),
     "dn": ("Distribution norm.", "#999933"), "qb_norm": ("QB-Norm, static", "#882255"), "sinkhorn": ("Sinkhorn", "#661100"),
     "qb_norm_dynamic": ("QB-Norm, dynamic", "#CC6677"), "db_norm": ("DB-Norm", "#DDAA33"), "chance": ("Chance", "#9A9A9A"),
-    "centred": ("Centred features", "#44AA99"), "oracle": ("Best candidate", "#9A9A9A"), "bsap_half": ("BSAP, weight ½", "#666666"),
+    "centred": ("Centred features", "#44AA99"), "oracle": ("Best candidate", "#9A9A9A"), "bsap_half": ("BSAP, w = ½", "#666666"),
 }  # fmt: skip
 SERIES = ("#009E73", "#CC79A7", "#E69F00", "#332288", "#56B4E9", "#999933", "#882255", "#44AA99")  # what is no method
 TRUTH_COLOUR, BLANK = "#FFFFFF", {"frame_on": False, "xticks": [], "yticks": []}

@@ -77,8 +77,6 @@ def load_candidates(ds: ReferDataset, source: str, root: str | Path) -> pd.DataF
         return ground_truth(ds) if source == "gt" else whole_images(ds)
     named = {"detections": "dets_dict", "rpn": "rpn_dict", "masks": "masks"}.get(source)
     path = Path(root) / f"{ds.name}_{named}.json" if named else Path(source)
-    if not named and not path.suffix:
-        raise DatasetError(f"{source!r} names no candidates: use gt, whole, detections, rpn, masks or a JSON file.")
     content = [] if named else datasets.read_json(path)  # of boxes by image, a dict: its keys are no dicts
     masked = source == "masks" or any(isinstance(one, dict) and one.get("segmentation") for one in content)
     return (from_masks if masked else from_boxes)(ds, path)

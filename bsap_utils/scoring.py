@@ -402,7 +402,7 @@ def load_scorer(models: str | Sequence[str], pretrained: str | Sequence[str] = "
                 **options: Any) -> ClipScorer:  # fmt: skip
     """Return the scorer of a model, or of several with as many (or one) `pretrained`, averaged. Raises ModelError."""
     names, tags = np.atleast_1d(models), np.atleast_1d(pretrained)
-    if len(names) != len(tags) and 1 not in (len(names), len(tags)):
-        raise ValueError(f"{len(names)} models and {len(tags)} pretrained: give as many of both, or one of either.")
+    if 1 != len(names) != len(tags) != 1:
+        raise ModelError(f"{len(names)} models and {len(tags)} pretrained: give as many, or one.")
     scorers = [ClipScorer(str(name), str(tag), device, **options) for name, tag in np.broadcast(names, tags)]
     return scorers[0] if len(scorers) == 1 else Ensemble(scorers)

@@ -80,8 +80,7 @@ def holm(p: np.ndarray | list[float]) -> np.ndarray:
 
 
 def verdict(name: str, delta: float, low: float, high: float, p: float = 0.0) -> str:
-    """Return a difference to CLIP in points and what it shows: better or worse if the interval leaves out 0 and the
-    p-value, if there was a test (Holm-adjusted, of several methods), is below 0.05.
+    """Return a difference to CLIP, points, and what it shows: better or worse if 0 is outside and p (Holm's) is below 0.05.
 
     >>> verdict("BSAP", 2.71, 0.2, 5.64)
     'BSAP − CLIP: +2.7 points [+0.2, +5.6]: better'

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bsap_utils.aux_prompts import BANKS, auxiliary_prompts
+from bsap_utils.aux_prompts import BANKS, auxiliary_prompts, unlabelled_texts
 from bsap_utils.datasets import DatasetError
 
 

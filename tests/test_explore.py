@@ -133,7 +133,7 @@ def test_without_train_expressions_the_weight_is_measured_on_all(cells, explorer
     own = explore.Explorer(explorer.ds, cells["candidates"], explorer.scorer, explorer.ds)
     setting = explore.Setting("red star", method="bsap_calibrated")
     a = own.logits(own.image, own.prompts("categories"), setting)
-    texts = unlabelled_texts(explorer.ds, own.prompts("categories"))
+    texts = unlabelled_texts(explorer.ds, explorer.ds.expressions["text"])  # all are asked here
     mean = own.logits(own.image, texts, setting).mean(1)
     assert own.calibrated(setting) == pytest.approx(calibrated_weight(pool(a), mean, own.competing))
     cells["explorer"] = own

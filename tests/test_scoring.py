@@ -145,7 +145,7 @@ def test_the_logits_of_an_ensemble_are_the_mean_of_its_models(few, regions, tiny
     assert torch.allclose(both.pair_logits(image, text, pairs), (alone[0] + alone[1]) / 2, atol=1e-4)
     assert both.encode_images([few.image_path(few.images.index[0])]).shape == (1, 40)
     assert isinstance(load_scorer(tiny.model_name, device="cpu"), ClipScorer)
-    with pytest.raises(ValueError, match="3 models and 2 pretrained"):
+    with pytest.raises(ModelError, match="3 models and 2 pretrained"):
         load_scorer(["a", "b", "c"], ["x", "y"])
 
 
@@ -197,6 +197,8 @@ def test_no_candidates_have_no_features_and_unknown_prompts_are_said(few, region
         tiny.encode_regions(few, regions, [])
     with pytest.raises(ValueError, match="halo.*mask_crop"):
         tiny.encode_regions(few, regions, ("halo",))
+    with pytest.raises(ValueError, match="'red star' would be taken as 8 texts"):
+        tiny.encode_texts("red star")
 
 
 def test_too_little_memory_halves_the_batch_and_loses_nothing(few, regions, tiny, monkeypatch):
