@@ -17,7 +17,7 @@ __getattr__, __dir__, _names = lazy_loader.attach(__name__, submod_attrs={
     "scoring": ["ClipScorer", "ModelError", "load_scorer"],
     "aux_prompts": ["auxiliary_prompts", "unlabelled_texts"],
     "normalization": ["METHODS", "bsap", "bsap_hybrid", "calibrated_weight", "pool", "shift_and_scale"],
-    "evaluation": ["pick", "rec_table", "recall_table", "ris_table"],
+    "evaluation": ["pick", "rec_table", "ris_table"],
     "stats": ["verdict"],
     "imbalance": ["region_share"],
     "retrieval": ["BalancedIndex"],

@@ -1,7 +1,7 @@
-"""Which candidate is picked, is it right, and how sure are we: REC, RIS and retrieval from scores alone.
+"""Which candidate is picked, is it right, and how sure are we: REC and RIS from scores alone.
 
-`scores` maps any name to one number a pair (or, of a gallery, [N, T]); the first is the reference that differences are
-taken to. Intervals and tests resample images. Tables hold percentages with two decimals, NaN where nothing can be said.
+`scores` maps any name to one number a pair; the first is the reference that differences are taken to. Intervals and
+tests resample images. Tables hold percentages with two decimals, NaN where nothing can be said.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binom
 from torch import Tensor
 
 from .regions import Pairs
@@ -107,39 +106,6 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     p = sign_flip_p(iou - iou[:, :1], images, seed=seed)  # the oracle is no method, and without p_holm
     table = table.assign(p_value=p.round(4), p_holm=np.r_[1.0, holm(p[1:-1]), np.nan].round(4))
     return _table(setting, [*scores, "oracle"], len(iou), table)
-
-
-def ranks(scores: Tensor, relevant: Tensor) -> Tensor:
-    """Return the rank of the first relevant image for each text, from 1: [N, T] and [N, T] bool -> [T].
-
-    Of equal scores the lower row ranks first, as in `BalancedIndex`. ValueError where a text has none, or on NaN.
-
-    >>> ranks(torch.tensor([[3.0], [2.0], [2.0]]), torch.tensor([[False], [False], [True]]))
-    tensor([3])
-    """
-    if (lacking := ~relevant.any(0)).any() or scores.isnan().any():
-        raise ValueError(f"{lacking.sum()} of {len(lacking)} texts have no relevant image, or scores are NaN.")
-    best = scores.masked_fill(~relevant, -torch.inf).amax(0)
-    equal = scores == best
-    row = (equal & relevant).int().argmax(0)  # argmax takes the first of equals only if they are counted
-    before = torch.arange(len(scores), device=scores.device)[:, None] < row
-    return 1 + (scores > best).sum(0) + (equal & before).sum(0)
-
-
-def recall_table(scores: Mapping[str, Tensor], relevant: Tensor, seed: int = 0, **setting: Any) -> pd.DataFrame:
-    """Return recall@k (percent) and median rank of each method, a row a method, from [N, T] scores and relevance.
-
-    Columns: `setting`, method, n; for k = 1, 5, 10 recall_k and delta_k (points, to the first method), each with _low
-    and _high, which resample texts; median_rank, median_low, median_high (95 %, by order statistics).
-    """
-    rank = np.stack([ranks(one, relevant).cpu().numpy() for one in scores.values()], 1)  # [T, K]
-    hits = {f"recall_{k}": (rank <= k).astype(np.float64) for k in (1, 5, 10)}
-    table = _measures(hits, np.arange(len(rank)), seed)
-    table.columns = table.columns.str.replace("delta_recall", "delta")
-    ordered, at = np.sort(rank, 0), int(binom.ppf(0.025, len(rank), 0.5))  # as far from each end; 0: too few texts
-    table["median_rank"] = np.median(rank, 0)
-    table["median_low"], table["median_high"] = (ordered[at - 1], ordered[-at]) if at else (np.nan, np.nan)
-    return _table(setting, scores, len(rank), table)
 
 
 def accuracy_by(pairs: Pairs, scores: Mapping[str, Tensor], groups: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

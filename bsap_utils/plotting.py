@@ -86,7 +86,7 @@ def show_table(frame: pd.DataFrame, digits: int = 1) -> Any:
     """Return one of our tables for readers: labelled, intervals in brackets, "–" where a number is missing."""
     shown = pd.DataFrame(index=frame.index.map(lambda name: label(name) if isinstance(name, str) else name))
     for name in frame.columns[~frame.columns.str.endswith(("_low", "_high"))]:
-        stems = {"accuracy": "ci", "delta_vs_clip": "delta_ci", "median_rank": "median"}
+        stems = {"accuracy": "ci", "delta_vs_clip": "delta_ci"}
         stem = stems.get(name, name.removesuffix("_vs_clip"))
         columns = [name, f"{stem}_low", f"{stem}_high"] if f"{stem}_low" in frame else [name]
         words = "{} [{}, {}]" if len(columns) == 3 else "{}"

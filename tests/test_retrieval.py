@@ -5,6 +5,7 @@ import zipfile
 from types import SimpleNamespace
 
 import faiss
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from bsap_utils import ROOT
 from bsap_utils.datasets import DatasetError
 from bsap_utils.normalization import METHODS, pool, shift_and_scale
 from bsap_utils.retrieval import BalancedIndex
@@ -310,3 +312,21 @@ def test_an_index_is_a_plain_one_with_one_more_coordinate(vectors):
     plain.add(torch.cat([images, -bias[:, None]], 1).numpy())
     _, by_hand = plain.search(torch.cat([100 * texts, torch.ones(len(texts), 1)], 1).numpy(), 5)
     assert (BalancedIndex.build(images, aux, 100.0).search(texts, 5)[1].numpy() == by_hand).mean() > 0.99
+
+
+def test_hits_and_r_precision_of_notebook_06_are_counted_by_hand():
+    generator = np.random.default_rng(6)
+    scores, relevant = generator.integers(0, 6, (20, 30)).astype(float), generator.random((20, 30)) < 0.2
+    relevant[0] = True
+    cells = nbformat.read(ROOT / "notebooks/06_retrieval.ipynb", as_version=4).cells
+    names = {"torch": torch, "relevant": torch.tensor(relevant)}
+    exec(next(cell.source for cell in cells if cell.source.startswith("def hits_of")), names)
+    hits = names["hits_of"](torch.tensor(scores))
+    precision = names["r_precision"](hits)
+    for t in range(30):
+        order = sorted(range(20), key=lambda row: (-scores[row, t], row))  # of equal scores the lower row first
+        assert hits[:, t].tolist() == [bool(relevant[row, t]) for row in order]
+        count = int(relevant[:, t].sum())
+        assert precision[t] == pytest.approx(sum(relevant[row, t] for row in order[:count]) / count)
+    with pytest.raises(ValueError, match="NaN"):
+        names["hits_of"](torch.tensor(scores) * torch.nan)
