@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from . import ROOT
-from .datasets import DatasetError, ReferDataset
+from .datasets import DatasetError, ReferDataset, read_bytes, reading
 
 WORDS = ROOT / "data/banks"  # coco80, generic, and the eleven basic colour terms of English (Berlin and Kay 1969)
 BANKS = ("categories", "coco80", "attributes", "generic", "expressions")
@@ -38,15 +38,20 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
         elif bank == "expressions":
             texts = sorted({*ds.expressions.loc[ds.expressions["split"] == "train", "text"].str.lower()})
             if not texts:
-                raise DatasetError(f"{ds.name} has no split train to sample: pass it before select(split=…).")
+                raise DatasetError(
+                    f"{ds.name} has no split train to sample (before select): take another bank, as coco80."
+                )
     elif file.is_file():
-        texts = file.read_text(encoding="utf-8-sig").splitlines()
+        with reading(file, "a text file in UTF-8, a prompt a line"):
+            texts = read_bytes(file).decode("utf-8-sig").splitlines()
     else:
         raise ValueError(f"Unknown bank of auxiliary prompts {bank!r}: use {', '.join(BANKS)}, or a text file's path.")
     prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     wanted = size or (min(EXPRESSIONS, len(prompts)) if bank == "expressions" else len(prompts))
     if not 1 <= wanted <= len(prompts):
-        raise ValueError(f"The bank {bank!r} has {len(prompts)} prompts, too few for a size of {max(wanted, 1)}.")
+        raise ValueError(
+            f"The bank {bank!r} has {len(prompts)} prompts, too few for a size of {max(wanted, 1)}: take another."
+        )
     return [prompts[i] for i in np.sort(np.random.default_rng(seed).permutation(len(prompts))[:wanted])]
 
 

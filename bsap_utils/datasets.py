@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,16 +129,18 @@ def load_refer(
     image_root = Path(image_root or (own if own.is_dir() else Path(root) / "images/mscoco/images/train2014"))
     tables = sorted([*folder.glob("expressions.csv")] or folder.glob(f"{dataset}_[tv]*.json"))  # train, val, test, …
     if not refs.is_file() and not tables:
-        raise DatasetError(f"{refs}: no such file. Run `bsap data get {dataset}`, or pass another root or split_by.")
+        raise DatasetError(f"{refs}: no such file, and no expressions.csv. `bsap data get refcoco` (refcoco+, refcocog) gets "
+                           "those; else pass another dataset, root or split_by.")  # fmt: skip
     with reading(folder, "a data set as data/README.md describes it"):
         if refs.is_file():
             images, annotations, expressions = *_read_instances(instances), _read_refs(refs)
         else:
-            rows = pd.concat(map(_read_rows, tables), ignore_index=True)
+            rows = pd.concat(map(_read_rows, tables), ignore_index=len(tables) > 1)
             images, annotations, expressions = _split_up(rows, instances)
-        images, annotations, counts = _clean(images, annotations, folder, image_root)
+        images, annotations, counts = _clean(images, annotations, folder, image_root, instances.is_file())
     image = expressions["ann_id"].map(annotations["image_id"])
-    refuse(image != expressions["image_id"], f"{folder}: expression ", "its target is no object with area in its image")
+    where = f"{refs}: expression " if refs.is_file() else f"{tables[0]}: row "
+    refuse(image != expressions["image_id"], where, "its target is no object with area in its image")
     blank = expressions["text"].str.strip() == ""
     counts["expressions without text left out"] = int(blank.sum())
     return ReferDataset(dataset, split_by, image_root, images, annotations, expressions[~blank], counts)
@@ -155,15 +158,20 @@ def _read_instances(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return images, annotations.assign(category=pd.Categorical(category, names["name"].unique()))
 
 
-def _clean(images: pd.DataFrame, annotations: pd.DataFrame, folder: Path, image_root: Path) -> tuple:
+def _clean(images: pd.DataFrame, annotations: pd.DataFrame, folder: Path, image_root: Path, published: bool) -> tuple:
     """Return both frames by their ids, checked, boxes clipped and degenerate polygons dropped; and counts."""
-    leaves = images["file_name"].str.contains(r"^\s*$|^/|\\|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|\x00", regex=True)
+    names = images.set_index(images["file_name"])["file_name"]  # so that what is refused is named
+    leaves = names.str.contains(r"^\s*$|^/|\\|^[A-Za-z]:|(?:^|/)\.\.(?:/|$)|\x00", regex=True)
     refuse(leaves, f"{folder}: images", "'file_name' is empty or leads out of the image folder")
     if "width" not in images:
+        absent = pd.Series([not (image_root / name).is_file() for name in names], names)
+        refuse(absent, f"{folder}: picture ", f"not in {image_root}, by this very name")
         images[["width", "height"]] = [open_picture(image_root / name).size for name in images["file_name"]]
     images = images.set_index("id").rename_axis("image_id")[["file_name", "width", "height"]]
     masks = [clean_mask(mask) for mask in annotations["segmentation"]]
     annotations["segmentation"] = pd.Series([mask for mask, _ in masks], annotations.index, object)
+    if not published:
+        check_boxes(annotations, images, folder)
     annotations, counts = clip_boxes(annotations.set_index("id").rename_axis("ann_id"), images)
     counts["degenerate polygons dropped"] = sum(dropped for _, dropped in masks)
     return images, annotations[["image_id", "category", *XYWH, "area", "iscrowd", "segmentation"]], counts
@@ -183,8 +191,7 @@ def _read_rows(path: Path) -> pd.DataFrame:
     kinds = {"file_name": str, "text": str, "split": str, "bbox": XYWH, "category": str, "segmentation": object}
     with reading(path, "a CSV in UTF-8, its first line file_name,x,y,w,h,text, or a list (data/README.md shows both)"):
         if path.suffix == ".csv":
-            table = pd.read_csv(io.BytesIO(read_bytes(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-            table["bbox"], split = table[XYWH].to_numpy().tolist(), "all"
+            table, split = _read_csv(path), ""
             if "segmentation" in table:
                 table["segmentation"] = [json.loads(mask or "null") for mask in table["segmentation"]]
         else:
@@ -193,7 +200,25 @@ def _read_rows(path: Path) -> pd.DataFrame:
             table["text"] = table["sents"]
         sizes = {"width": int, "height": int} if "width" in table else {}
         records = [{"split": split, "category": "", **record} for record in table.to_dict("records")]
-    return read_table(records, f"{path}: row", **kinds, **sizes)
+    return read_table(records, f"{path}: row", **kinds, **sizes).set_axis(table.index)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Return the rows of a table that are not empty, numbered as a spreadsheet does; Excel's semicolons and commas are read."""
+    text = read_bytes(path).decode("utf-8-sig")
+    mark = max(",;\t", key=text.partition("\n")[0].count)
+    table = pd.read_csv(io.StringIO(text), sep=mark, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    table = table.rename(columns=lambda name: name.strip().lower()).apply(lambda cells: cells.str.strip())
+    if lacking := [name for name in ("file_name", *XYWH, "text") if name not in table]:
+        raise ValueError(f"its first line lacks {', '.join(lacking)}; it has {', '.join(table)}")
+    table = table.set_axis(table.index + 2)[(table != "").any(axis=1).to_numpy()]
+    if table.empty:
+        raise ValueError("there is no row below its first line")
+    boxes = table[XYWH].replace({",": "."} if mark == ";" else {}, regex=True).apply(pd.to_numeric, errors="coerce")
+    refuse(~np.isfinite(boxes).all(axis=1), f"{path}: row ", "x, y, w and h should be numbers")
+    paths = table["file_name"].str.replace("\\", "/").map(lambda name: name and posixpath.normpath(name))
+    splits = table["split"].replace("", "all") if "split" in table else "all"
+    return table.assign(file_name=paths, bbox=boxes.to_numpy().tolist(), split=splits)
 
 
 def _split_up(table: pd.DataFrame, instances: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -213,7 +238,7 @@ def _split_up(table: pd.DataFrame, instances: Path) -> tuple[pd.DataFrame, pd.Da
     pairs = table.reset_index(names="sent_id").merge(names).merge(objects, on="image_id", suffixes=("", "_"))
     pairs["gap"] = np.abs(pairs[XYWH].to_numpy() - pairs[[f"{side}_" for side in XYWH]].to_numpy()).max(1)
     found = pairs[pairs["gap"] < 0.1001].sort_values(["sent_id", "gap"]).drop_duplicates("sent_id").set_index("sent_id")
-    refuse(~table.index.to_series().isin(found.index), f"{instances.parent}: expression ", "no object has its box")
+    refuse(~table.index.to_series().isin(found.index), f"{instances.parent}: row ", "no object has its box")
     found["ann_id"] = found["ref_id"] = found["id"]
     return images, objects, found[["ref_id", "ann_id", "image_id", "split", "text"]]
 
@@ -224,6 +249,15 @@ def clean_mask(segmentation: Any) -> tuple[Any, int]:
         return segmentation or None, 0
     kept = [part for part in segmentation if type(part) is not list or (len(part) > 5 and len(part) % 2 == 0)]
     return kept or None, len(segmentation) - len(kept)
+
+
+def check_boxes(frame: pd.DataFrame, images: pd.DataFrame, where: Any) -> None:
+    """Raise DatasetError if over 20 % of a frame's boxes, and two, leave their images by a pixel and 5 %, or none is over 1."""
+    boxes, sizes = frame[XYWH].to_numpy(), images.loc[frame["image_id"], ["width", "height"]].to_numpy()
+    leave = ((boxes[:, :2] < -1 - sizes / 20) | (boxes[:, :2] + boxes[:, 2:] > 1 + 1.05 * sizes)).any(1)
+    if leave.sum() > max(1, 0.2 * len(boxes)) or 0 < boxes.max(initial=0) <= 1:
+        raise DatasetError(f"{where}: {leave.mean():.0%} of the boxes leave their picture, or they are shares of 1. Write x, y, "
+                           "w, h in pixels of these pictures in this size, not corners or centres.")  # fmt: skip
 
 
 def clip_boxes(frame: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
@@ -260,7 +294,8 @@ def read_table(records: Any, where: str, **kinds: Any) -> pd.DataFrame:
 def refuse(wrong: pd.Series, where: str, problem: str) -> None:
     """Raise DatasetError for the first entry that is wrong, by its index, and say how many there are."""
     if wrong.any():
-        raise DatasetError(f"{where}[{wrong.idxmax()}]: {problem} ({wrong.sum()} such entries). Correct the file.")
+        entry = wrong.idxmax() if where.endswith(" ") else f"[{wrong.idxmax()}]"
+        raise DatasetError(f"{where}{entry}: {problem} ({wrong.sum()} such entries). Correct the file.")
 
 
 class _PlainUnpickler(pickle._Unpickler):

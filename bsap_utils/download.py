@@ -191,9 +191,10 @@ def check(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
             row = {"data set": ds.name, "split": split, "expressions": len(part.expressions)}
             row["pictures"] = f"{here:,} of {len(part.images):,}" if bad else "complete"
             row["targets with mask"] = f"{masks.notna().mean():.0%}"
+            row["changed"] = ", ".join(f"{count:,} {what}" for what, count in ds.counts.items() if count) or "nothing"
             for source in ("detections", "rpn", "masks"):
                 why = problem(load_candidates, part, source, root)
-                row[source] = "none" if "No such file" in why else "wrong" if why else "there"
+                row[source] = "none" if "no such file" in why else "wrong" if why else "there"
                 bad += [why] if row[source] == "wrong" else []
             rows.append(row)
             # a split counts if it was asked of `get` or, where none was, if one of its pictures is here

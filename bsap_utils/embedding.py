@@ -16,6 +16,7 @@ import os
 import re
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -50,19 +51,23 @@ def text_of(name: Any) -> str:
 
 def files_to_read(source: Path, out: Path) -> list[str]:
     """Path, name in `source`, stamp and ids in `out` of each file that is not done, as JSON: Ray knows only UTF-8."""
-    done, files, aside, root = {}, [], 0, source if source.is_dir() else source.parent
+    done, files, aside, root = {}, [], Counter[str](), source if source.is_dir() else source.parent
     if any((out / "features").glob("[!.]*.parquet")):  # those that are whole
         done = latest(out, ["id", "source", "stamp"]).groupby(["source", "stamp"])["id"].agg(list).to_dict()
     for path in sorted([source, *source.rglob("*")]):
         name, suffix = path.relative_to(root).as_posix(), path.suffix.lower()
-        if not path.is_file() or suffix not in PICTURES | {".tar", ".parquet"} or ASIDE.search(f"/{name}"):
-            aside += path.is_symlink() or not path.is_dir()
+        hidden = ASIDE.search(f"/{name}")
+        if hidden or not path.is_file() or suffix not in PICTURES | {".tar", ".parquet"}:
+            aside["hidden" if hidden else suffix or "without suffix"] += path.is_symlink() or not path.is_dir()
             continue
         key = text_of(name), f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
         if key not in done or suffix not in PICTURES:
             files.append(json.dumps([str(path), *key, dict.fromkeys(done.get(key, []))]))
+    others = ", ".join(f"{count:,} {suffix}" for suffix, count in aside.items() if count) or "nothing"
     print(f"{source}: {len(files):,} files to read, {sum(map(len, done.values())):,} pictures done, "
-          f"{aside:,} others left aside", flush=True)  # fmt: skip
+          f"left aside: {others}", flush=True)  # fmt: skip
+    if not files and not done:
+        raise ValueError(f"{source}: nothing in it is a picture ({' '.join(sorted(PICTURES))}), .tar or .parquet.")
     return files
 
 

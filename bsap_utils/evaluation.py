@@ -4,7 +4,7 @@
 tests resample images. Tables hold percentages with two decimals, NaN where nothing can be said.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -53,12 +53,6 @@ def _measures(parts: dict, images: np.ndarray, seed: int, draws: int = 10_000, *
     return pd.DataFrame(percent.reshape(len(names), -1).T, columns=names)
 
 
-def _table(setting: Mapping[str, Any], methods: Iterable[str], count: int, numbers: pd.DataFrame) -> pd.DataFrame:
-    """Put the setting, method and n before the numbers; a list, as of visual prompts, is joined by +."""
-    texts = {key: "+".join(value) if isinstance(value, (list, tuple)) else value for key, value in setting.items()}
-    return pd.concat([pd.DataFrame({**texts, "method": [*methods], "n": count}), numbers], axis=1)
-
-
 def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.Series | None = None,
               **setting: Any) -> pd.DataFrame:  # fmt: skip
     """Return how often each method picks a candidate with IoU > 0.5 (strict, as ReCLIP's code): a row a method.
@@ -83,7 +77,7 @@ def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.
         p = sign_flip_p(hits - hits[:, :1], images[inside], seed=seed)
         table.insert(4, "p_value", p.round(4))
         table["p_holm"] = np.r_[1.0, holm(p[1:])].round(4)
-        parts.append(_table(of_level, scores, len(hits), table))
+        parts.append(pd.concat([pd.DataFrame({**of_level, "method": [*scores], "n": len(hits)}), table], axis=1))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -105,14 +99,7 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     table = table.rename(columns={f"delta_{name}": f"delta_{name}_vs_clip" for name in ("oiou", "miou")})
     p = sign_flip_p(iou - iou[:, :1], images, seed=seed)  # the oracle is no method, and without p_holm
     table = table.assign(p_value=p.round(4), p_holm=np.r_[1.0, holm(p[1:-1]), np.nan].round(4))
-    return _table(setting, [*scores, "oracle"], len(iou), table)
-
-
-def accuracy_by(pairs: Pairs, scores: Mapping[str, Tensor], groups: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return `rec_table` by slices: `groups`, or one Series, has a row an expression and a column an aspect, its slice."""
-    slices = {aspect: labels.astype("category").rename("slice") for aspect, labels in pd.DataFrame(groups).items()}
-    parts = [rec_table(pairs, scores, seed, labels, aspect=aspect) for aspect, labels in slices.items()]
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat([pd.DataFrame({**setting, "method": [*scores, "oracle"], "n": len(iou)}), table], axis=1)
 
 
 _RELATION = (r"\b(?:above|below|under|underneath|beneath|behind|beside|near|nearest|closest|next to|in front of|on top of|"

@@ -59,6 +59,8 @@ def start(parameters: MutableMapping[str, Any]) -> Path:
             for value in parameters[name] if name in LISTS else [parameters[name]]:
                 if not fits(value):
                     raise ValueError(f"{name} = {value!r}: should be {form}.")
+    if parameters.get("DATASET", "refshapes") != "refshapes":
+        print("What is said of results on this page is of the bundled sample; yours are in the tables and figures.")
     if parameters.get("DATA_ROOT") == "":
         parameters["DATA_ROOT"] = "data/refshapes" if parameters.get("DATASET") == "refshapes" else "data"
     return usable_folder(Path(parameters.get("OUT_DIR") or "figures/by-hand"), results=True)

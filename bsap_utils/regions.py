@@ -38,20 +38,18 @@ def from_boxes(ds: ReferDataset, path: str | Path) -> pd.DataFrame:
 
     `path` is a JSON file: {image id: [[x, y, w, h], …]} in pixels, as ReCLIP has it (Subramanian et al., ACL 2022), or
     COCO results, [{image_id, bbox, score}, …]; an image may be named by its file name. DatasetError where it is wrong: also
-    if no number is over 1, over 20 % of the boxes leave their picture, or over 80 % of ten or more targets have none that fits.
+    as `check_boxes`, and if over 80 % of ten or more targets have no box that fits.
     """
     frame, counts = _read_results(ds, path, XYWH)
+    datasets.check_boxes(frame, ds.images, path)
+    frame, clipped = datasets.clip_boxes(frame, ds.images)
     truth = ds.annotations.loc[ds.expressions["ann_id"].unique(), ["image_id", *XYWH]].reset_index()
     both = truth.merge(frame, on="image_id", suffixes=("_", ""))
     overlaps = box_iou(both[[f"{side}_" for side in XYWH]].to_numpy(), both[XYWH].to_numpy())
     fitted = pd.Series(overlaps > 0.5).groupby(both["ann_id"]).any()
-    sized = frame.join(ds.images, on="image_id")
-    inside = sized.eval("x >= -1 and y >= -1 and w > 0 and h > 0 and x + w <= width + 1 and y + h <= height + 1").mean()
-    if inside < 0.8 or frame[XYWH].max(axis=None) <= 1 or (len(fitted) >= 10 and fitted.mean() < 0.2):
-        raise DatasetError(f"{path}: {1 - inside:.0%} of the boxes leave their picture, {fitted.mean():.0%} of the targets "
-                           "have one that fits. Write [x, y, w, h] in pixels of these pictures in this size, not corners "
-                           "or shares of 1.")  # fmt: skip
-    frame, clipped = datasets.clip_boxes(frame, ds.images)
+    if len(fitted) >= 10 and fitted.mean() < 0.2:
+        raise DatasetError(f"{path}: {fitted.mean():.0%} of the targets have a box that fits. Write [x, y, w, h] in pixels of "
+                           "these pictures in this size, not corners or centres.")  # fmt: skip
     return _complete(frame, ds, counts | clipped)
 
 
@@ -77,6 +75,8 @@ def load_candidates(ds: ReferDataset, source: str, root: str | Path) -> pd.DataF
         return ground_truth(ds) if source == "gt" else whole_images(ds)
     named = {"detections": "dets_dict", "rpn": "rpn_dict", "masks": "masks"}.get(source)
     path = Path(root) / f"{ds.name}_{named}.json" if named else Path(source)
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file. Take other candidates, as PROPOSALS gt, or put {source} there.")
     content = [] if named else datasets.read_json(path)  # of boxes by image, a dict: its keys are no dicts
     masked = source == "masks" or any(isinstance(one, dict) and one.get("segmentation") for one in content)
     return (from_masks if masked else from_boxes)(ds, path)

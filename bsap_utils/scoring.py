@@ -315,7 +315,7 @@ class ClipScorer:
             raise ModelError(f"'global_local' hides patches, but {self.model_name} has no class token over such.")
         unmasked = "segmentation" not in candidates or candidates["segmentation"].isna().any()
         if unmasked and MASK_PROMPTS.intersection(visual_prompts):
-            raise DatasetError(f"Candidates without a mask, which {visual_prompts} need: take ground_truth's, say.")
+            raise DatasetError(f"Candidates without a mask, which {visual_prompts} need: take PROPOSALS gt or masks.")
         if absent := ds.missing_images():
             raise DatasetError(f"{len(absent)} images are not in {ds.image_root}, as {absent[0]}: see `bsap data get`.")
 
@@ -402,7 +402,7 @@ def load_scorer(models: str | Sequence[str], pretrained: str | Sequence[str] = "
                 **options: Any) -> ClipScorer:  # fmt: skip
     """Return the scorer of a model, or of several with as many (or one) `pretrained`, averaged. Raises ModelError."""
     names, tags = np.atleast_1d(models), np.atleast_1d(pretrained)
-    if 1 != len(names) != len(tags) != 1:
+    if len(tags) not in (1, len(names)):
         raise ModelError(f"{len(names)} models and {len(tags)} pretrained: give as many, or one.")
     scorers = [ClipScorer(str(name), str(tag), device, **options) for name, tag in np.broadcast(names, tags)]
     return scorers[0] if len(scorers) == 1 else Ensemble(scorers)

@@ -155,7 +155,7 @@ def test_hidden_and_other_files_are_left_out_and_linked_files_are_not(run, tmp_p
     (source / "notes.txt").write_text("x")
     assert run(source)["images"] == 2
     assert set(by_id(tmp_path / "out")) == {"one.png", "2020/a.png"}
-    assert "2 files to read, 0 pictures done, 8 others left aside" in capsys.readouterr().out
+    assert "2 files to read, 0 pictures done, left aside: " in capsys.readouterr().out
 
 
 def test_a_picture_replaced_in_place_is_made_again_and_the_rest_is_not(run, tmp_path):
@@ -232,7 +232,8 @@ def test_other_settings_and_places_are_refused(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such file"):
         run(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert run(tmp_path / "empty", "out2") == {"images": 0, "errors": 0}
+    with pytest.raises(ValueError, match="empty: nothing in it is a picture"):
+        run(tmp_path / "empty", "out2")
     monkeypatch.setattr(embedding, "find_spec", lambda name: None)
     assert run(source, "without ray", local=False)["images"] == 6
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsap_utils.evaluation import accuracy_by, expression_kind, pick, rec_table, ris_table
+from bsap_utils.evaluation import expression_kind, pick, rec_table, ris_table
 from bsap_utils.regions import Pairs
 from bsap_utils.stats import cluster_bootstrap, holm, sign_flip_p
 
@@ -60,7 +60,7 @@ def test_scores_that_are_not_one_number_a_pair_are_refused():
 
 def test_the_rec_table_is_counted_by_hand():
     pairs, scores = case(1)
-    table = rec_table(pairs, scores, split="val", visual_prompts=["crop", "blur"])
+    table = rec_table(pairs, scores, split="val", visual_prompts="crop+blur")
     hits, images = [], []
     for one in pairs.expression.unique():
         rows = torch.nonzero(pairs.expression == one)[:, 0]
@@ -131,8 +131,6 @@ def test_one_image_has_no_intervals_and_no_errors():
     rec, ris = rec_table(pairs, scores), ris_table(pairs, scores)
     assert rec[["ci_low", "ci_high", "delta_ci_low", "delta_ci_high"]].isna().all(axis=None)
     assert rec["accuracy"].notna().all() and ris["oiou"].notna().all() and ris["oiou_low"].isna().all()
-    kinds = accuracy_by(pairs, scores, pd.Series(["all"] * (int(pairs.expression.max()) + 1), name="kind"))
-    assert kinds["accuracy"].notna().all() and kinds["ci_low"].isna().all()
 
 
 def test_empty_masks_have_no_overlap_and_no_error():
@@ -145,9 +143,9 @@ def test_slices_are_tables_of_their_expressions():
     pairs, scores = case(7, images=60)
     image_of = [int(pairs.image[pairs.expression == e][0]) for e in pairs.expression.unique()]
     group = pd.Series(pd.Categorical(np.where(np.array(image_of) % 2, "odd", "even"), ["odd", "even"]), name="parity")
-    table = accuracy_by(pairs, scores, group)
-    assert table["slice"].drop_duplicates().tolist() == ["odd", "even"] and set(table["aspect"]) == {"parity"}
-    for (name, method), row in table.set_index(["slice", "method"]).iterrows():
+    table = rec_table(pairs, scores, by=group)
+    assert table["parity"].drop_duplicates().tolist() == ["odd", "even"]  # the order of the categories
+    for (name, method), row in table.set_index(["parity", "method"]).iterrows():
         inside = torch.tensor((group == name).to_numpy())[pairs.expression]
         number = pairs.expression[inside].unique(return_inverse=True)[1]
         own = Pairs(number, *(x[inside] for x in (pairs.candidate, pairs.image, pairs.iou)))

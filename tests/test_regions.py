@@ -325,7 +325,7 @@ def test_boxes_in_another_form_are_refused(sample_val, detections, detected, tmp
     path = save(keyed(detections, detected[form]), tmp_path)
     for read in (from_boxes, lambda ds, path: load_candidates(ds, str(path), tmp_path)):
         with pytest.raises(
-            DatasetError, match=r"boxes\.json: \d+% of the boxes.*x, y, w, h. in pixels of these pictures"
+            DatasetError, match=r"boxes\.json: \d+% of the (boxes|targets).*x, y, w, h\]? in pixels of these pictures"
         ):
             read(sample_val, path)
 
@@ -340,7 +340,7 @@ def test_boxes_that_are_right_or_too_few_to_tell_pass(sample_val, detections, de
 def test_shares_and_boxes_outside_are_refused_without_many_targets(ds, tmp_path):
     for boxes, message in (
         ([[0.1, 0.1, 0.5, 0.5]] * 3, "shares of 1"),
-        ([[1, 1, 5, 5], [30, 20, 35, 25]], "50% of the boxes leave"),
+        ([[1, 1, 5, 5], [30, 20, 35, 25], [30, 5, 35, 8]], "67% of the boxes leave"),
     ):
         with pytest.raises(DatasetError, match=message):
             from_boxes(ds, save({"8": boxes}, tmp_path))

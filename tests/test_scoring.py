@@ -317,7 +317,7 @@ def test_a_whole_image_with_its_whole_mask_is_its_plain_feature(few, deep):
 @pytest.mark.parametrize("prompt", ["mask_blur", "global_local"])
 def test_candidates_without_a_mask_are_an_error_where_masks_are_shown(few, regions, deep, prompt):
     boxes = load_candidates(few, "detections", "data/refshapes")
-    with pytest.raises(DatasetError, match=f"without a mask, which .*{prompt}.* need.*ground_truth"):
+    with pytest.raises(DatasetError, match=f"without a mask, which .*{prompt}.* need.*gt or masks"):
         deep.encode_regions(few, boxes, ("crop", prompt))
     some = regions.copy()
     some.at[3, "segmentation"] = None

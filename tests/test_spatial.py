@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsap_utils.evaluation import accuracy_by, expression_kind
+from bsap_utils.evaluation import expression_kind, rec_table
 from bsap_utils.global_local import english_parser
 from bsap_utils.normalization import METHODS
 from bsap_utils.regions import Pairs, ground_truth, pair_up
@@ -173,9 +173,8 @@ def test_the_samples_places_are_found(sample_val, scorer):
     for name in ("clip", "bsap"):
         scores[name] = METHODS[name](s, a, pairs)
         scores[f"{name}, placed"] = relate(scores[name], METHODS[name](sp, a, table), trees, pairs, candidates)
-    found = accuracy_by(pairs, scores, expression_kind(val.expressions["text"])).pivot(
-        index="slice", columns="method", values="accuracy"
-    )
+    kinds = expression_kind(val.expressions["text"]).rename("slice")
+    found = rec_table(pairs, scores, by=kinds).pivot(index="slice", columns="method", values="accuracy")
     for name in ("clip", "bsap"):
         assert found.at["place", f"{name}, placed"] > found.at["place", name] + 10
         assert found.at["relation", f"{name}, placed"] > found.at["relation", name] + 5
