@@ -55,12 +55,12 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
     return [prompts[i] for i in np.sort(np.random.default_rng(seed).permutation(len(prompts))[:wanted])]
 
 
-def unlabelled_texts(ds: ReferDataset, besides: Iterable[str], size: int = 256, seed: int = 0) -> list[str]:
+def unlabelled_texts(ds: ReferDataset, bank: Iterable[str], size: int = 256, seed: int = 0) -> list[str]:
     """Return up to `size` expressions of `ds`' train split, lower case, drawn by `seed`: texts for `calibrated_weight`.
 
-    None is in `besides` (bank, queries), unless all are. Without a train split, of all splits: asked of all candidates.
+    None is in `bank`, unless all are: w* would be 1. Without a train split, of all splits: asked of all candidates.
     """
     train = ds.expressions.loc[ds.expressions["split"] == "train", "text"]
     texts = {*(train if len(train) else ds.expressions["text"]).str.lower()}
-    left = sorted(texts - {text.lower() for text in besides}) or sorted(texts)
+    left = sorted(texts - {text.lower() for text in bank}) or sorted(texts)
     return [left[i] for i in np.random.default_rng(seed).permutation(len(left))[:size]]

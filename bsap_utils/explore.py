@@ -77,9 +77,9 @@ class Explorer:
         return typed if typed and "," in bank else auxiliary_prompts(bank, self.whole)
 
     def calibrated(self, setting: Setting) -> float:
-        """Return w* at the setting's temperature, from expressions that are neither asked here nor in the bank."""
+        """Return w* at the setting's temperature, from expressions that are not in the bank."""
         prompts = self.prompts(setting.bank)
-        texts = unlabelled_texts(self.whole, [*prompts, *self.ds.expressions["text"]])
+        texts = unlabelled_texts(self.whole, prompts)
         a, unlabelled = (self.logits(self.image, part, setting) for part in (prompts, texts))
         return calibrated_weight(pool(a, setting.temperature), unlabelled.mean(1), self.competing)
 

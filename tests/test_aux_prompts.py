@@ -63,13 +63,12 @@ def test_errors_say_what_there_is(sample):
             auxiliary_prompts(bank)
 
 
-def test_unlabelled_texts_are_neither_asked_nor_in_the_bank(sample):
-    bank, asked = auxiliary_prompts("expressions", sample), sample.select(split="test").expressions["text"].str.upper()
+def test_unlabelled_texts_are_of_the_train_split_and_not_in_the_bank(sample):
+    bank = auxiliary_prompts("expressions", sample)
     train = set(sample.expressions.loc[sample.expressions["split"] == "train", "text"].str.lower())
-    texts = unlabelled_texts(sample, [*bank, *asked])
-    assert len(texts) == len(set(texts)) == 256 and set(texts) <= train - set(bank) - set(asked.str.lower())
-    assert unlabelled_texts(sample, [*bank, *asked], 40) == texts[:40]
-    assert unlabelled_texts(sample, [*bank, *asked], seed=1) != texts
-    own = sample.select(split="test")
-    assert set(unlabelled_texts(own, [*bank, *asked], 10_000)) == set(asked.str.lower())  # all it has are asked
-    assert not set(unlabelled_texts(own, ["Blue Fish", *asked[:50]], 10_000)) & set(asked[:50].str.lower())
+    texts = unlabelled_texts(sample, map(str.upper, bank))
+    assert len(texts) == len(set(texts)) == 256 and set(texts) <= train - set(bank)
+    assert unlabelled_texts(sample, bank, 40) == texts[:40] and unlabelled_texts(sample, bank, seed=1) != texts
+    assert set(unlabelled_texts(sample, train, 10_000)) == train  # nothing else is there
+    own = sample.select(split="test")  # without a train split
+    assert set(unlabelled_texts(own, ["Blue Fish"], 10_000)) == set(own.expressions["text"].str.lower()) - {"blue fish"}

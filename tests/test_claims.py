@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from bsap_utils import ROOT
+from bsap_utils.stats import holm
 
 COCO, THINGS = "coco_val2017_vitb16", "things_vith14"
 
@@ -45,6 +46,15 @@ def real(column, method, temperature, scores=COCO):
 
 def bank_of(size, temperature, scores=COCO):
     return rows("real/table_real_bank_size", scores=scores, size=size, temperature=temperature).iloc[0]
+
+
+def asked_of_both():
+    """Holm's p of BSAP at T = 1 on both sets, to two digits."""
+    return holm([real("p_value", "bsap", 1, one) for one in (COCO, THINGS)]).round(2).tolist()
+
+
+def real_gain(method):
+    return rows("real/table_real_scores", scores=COCO, method=method)["delta"].max()
 
 
 def real_regime(column, scores=COCO):
@@ -108,27 +118,42 @@ def choices():
     return table.drop(index=[name for name in table.index if name.startswith("hindsight")])
 
 
+def cloud(clip, share="share < 0.4"):
+    return rows("sample/table_clouds", clip=clip, cloud=share).iloc[0]
+
+
+def clouds(column):
+    return rows("sample/table_clouds", cloud="share < 0.4")[column]
+
+
 def gallery(column, method):
     return cell("sample/table_retrieval", column, split="test", method=method)
 
 
 # (where it stands, the words as they stand there, whether the table says so)
 CLAIMS = [
-    ("README.md", "text → image R@1 rises by 2.8 points at T = 1",
-     lambda: round(real("delta", "bsap", 1), 1) == 2.8 and real("ci_low", "bsap", 1) > 0),
-    ("README.md", "by 5.1 where a softer T is chosen without labels",
-     lambda: round(real_regime("gain_hubness"), 1) == 5.1 and real_regime("gain_hubness_ci_low") > 0),
-    ("README.md", "image → text, T = 1 shows no gain",
+    ("README.md", "text → image R@1 rises by 5.0 points where T is chosen without labels, and by 5.5 with half of the bias",
+     lambda: round(real_regime("gain_hubness"), 1) == 5.0 and real_regime("gain_hubness_ci_low") > 0
+     and round(real("delta", "bsap_half", 1), 1) == 5.5 and real("ci_low", "bsap_half", 1) > 0),
+    ("README.md", "it rises by 2.9 points, at the edge of chance (p = 0.06)",
+     lambda: round(real("delta", "bsap", 1), 1) == 2.9 and asked_of_both()[0] == 0.06),
+    ("README.md", "and image → text shows no gain",
      lambda: all(cell("real/table_real_control", "ci_low", scores=one, method="bsap", temperature=1) < 0 for one in (COCO, THINGS))),
-    ("README.md", "over 210 settings of the sample from −4.7 to +35 points, and a weight that needs no labels holds the worst at −1.1",
+    ("README.md", "over 210 settings of the sample from −4.7 to +35 points. A weight measured on unlabelled texts holds the worst at "
+                  "−1.0, and half the weight, whatever is measured, at −1.7",
      lambda: (worst("settings", temperature=1, weight="w*"), round(regime("gain_bsap").min(), 1), round(regime("gain_bsap").max(), 1),
-              round(regime("gain_calibrated").min(), 1)) == (210, -4.7, 35.0, -1.1)),
-    ("README.md", "THINGS (0.40) gains less at T = 1 than COCO's captions (0.12), and among small shares bank and CLIP decide",
+              round(regime("gain_calibrated").min(), 1), round(regime("gain_half").min(), 1)) == (210, -4.7, 35.0, -1.0, -1.7)),
+    ("README.md", "No small share came with a large gain at T = 1 (all large ones here are one CLIP under three templates)",
+     lambda: regime("gain_bsap")[regime("region_share") < 0.4].max() < 4
+     and (lambda t: (t["clip"].nunique(), t["template"].nunique()) == (1, 3))(
+         rows("sample/table_regimes")[lambda t: t["region_share"] >= 0.4])),
+    ("README.md", "THINGS (0.40) gains less at T = 1 than COCO's captions (0.12). Among small shares bank and CLIP decide",
      lambda: round(real_regime("region_share", THINGS), 2) == 0.40 and round(real_regime("region_share"), 2) == 0.12
      and real("delta", "bsap", 1, THINGS) < real("delta", "bsap", 1)),
-    ("README.md", "on its test split BSAP gains 1.4 points in REC, too little to be told from chance among thirteen corrections",
-     lambda: round(rec("delta_vs_clip", "bsap"), 1) == 1.4 and rec("p_holm", "bsap") > 0.05
-     and len(rows("sample/table_rec", split="test")) == 14),
+    ("README.md", "on its test split BSAP gains 1.4 points in REC, too little to be told from chance even alone (p = 0.07",
+     lambda: round(rec("delta_vs_clip", "bsap"), 1) == 1.4 and round(rec("p_value", "bsap"), 2) == 0.07),
+    ("README.md", "adjusted for the thirteen corrections none is below 0.5",
+     lambda: (rows("sample/table_rec", split="test")["p_holm"] > 0.5).all() and len(rows("sample/table_rec", split="test")) == 14),
     ("README.md", "two more CLIPs from the same recipe have −0.4 and +0.5",
      lambda: [round(cell("../data/clip-refshapes-web/table_seeds", "bsap", seed=seed, split="test", proposals="detections"), 1)
               for seed in (8, 9)] == [-0.4, 0.5]),
@@ -137,7 +162,7 @@ CLAIMS = [
          regime("gain_bsap", clip="clip-refshapes")[regime("region_share", clip="clip-refshapes") > 0.4])
      and round(regime("gain_bsap", clip="clip-refshapes", proposals="rpn", bank="categories", template="a photo of {}")
                .iloc[0]) == -4),
-    ("README.md", "and 0.7 points in RIS, likewise", lambda: round(ris("delta_miou_vs_clip", "bsap"), 1) == 0.7 and ris("p_holm", "bsap") > 0.05),
+    ("README.md", "and 0.7 points in RIS, likewise", lambda: round(ris("delta_miou_vs_clip", "bsap"), 1) == 0.7 and ris("p_value", "bsap") > 0.05),
     ("01", "the mean climbs by about a third of what being meant is worth under both real CLIPs",
      lambda: (lambda t: (t["means, 5 to 95 %"] / t["own text above the mean"]).between(0.28, 0.4).all())(
          rows("sample/table_range_summary")[lambda t: t["scores"].isin([COCO, THINGS])])),
@@ -180,10 +205,11 @@ CLAIMS = [
     ("02", "From $w = ½$ upwards every cell but three lies between 44 and 46 %, where CLIP has 42.5",
      lambda: (lambda t: (~t[t["weight"] >= 0.5].drop(columns="weight").stack().between(44, 46)).sum() == 3
               and (t[t["weight"] == 0].drop(columns="weight") == 42.5).all(axis=None))(rows("sample/table_family"))),
-    ("03", "Sinkhorn has most, what divides by a spread (min–max, z-score) and DB-Norm have less than CLIP",
+    ("03", "Sinkhorn has most, what divides by a spread (min–max, z-score) has less than CLIP",
      lambda: rows("sample/table_rec", split="test").set_index("method")["accuracy"].idxmax() == "sinkhorn"
-     and all(rec("delta_vs_clip", one) < 0 for one in ("bsap_minmax", "bsap_zscore", "db_norm"))),
-    ("03", "no other shows a difference either", lambda: (rows("sample/table_rec", split="test")["p_holm"] > 0.05).all()),
+     and all(rec("delta_vs_clip", one) < 0 for one in ("bsap_minmax", "bsap_zscore"))),
+    ("03", "too little to be told from luck even alone (p = 0.07), and no other of the thirteen corrections shows a difference either",
+     lambda: round(rec("p_value", "bsap"), 2) == 0.07 and (rows("sample/table_rec", split="test")["p_holm"] > 0.05).all()),
     ("03", "Expressions of looks gain 1.9 points, those that relate two things none; for words of place the interval is too wide",
      lambda: (lambda t: list(t["delta_vs_clip"].round(1)[["attributes", "relation"]]) == [1.9, 0]
               and t["delta_ci_low"]["place"] < 0 < t["delta_ci_high"]["place"])(
@@ -208,17 +234,34 @@ CLAIMS = [
      lambda: small_share("gain_bsap", "clip-refshapes-web").min() > -1.3
      and (len(small_share("gain_bsap")), (small_share("gain_bsap") < 0).sum()) == (60, 25)
      and round(small_share("gain_bsap").min(), 1) == -4.7),
-    ("05", "none below −1.2, though 16 of those 25 stay under zero",
-     lambda: regime("gain_calibrated").min() > -1.2
-     and (small_share("gain_calibrated")[small_share("gain_bsap") < 0] < 0).sum() == 16),
+    ("05", "none below −1.1, though 18 of those 25 stay under zero",
+     lambda: regime("gain_calibrated").min() > -1.1
+     and (small_share("gain_calibrated")[small_share("gain_bsap") < 0] < 0).sum() == 18),
+    ("05", "On the sample no small share came with a large gain at $T = 1$; but all large shares are one CLIP under three templates",
+     lambda: regime("gain_bsap")[regime("region_share") < 0.4].max() < 4
+     and (lambda t: (t["clip"].nunique(), t["template"].nunique()) == (1, 3))(
+         rows("sample/table_regimes")[lambda t: t["region_share"] >= 0.4])),
+    ("05", "among small shares it gains more at $T = 1$ than $w = 1$ does",
+     lambda: regime("gain_calibrated")[regime("region_share") < 0.4].mean() > regime("gain_bsap")[regime("region_share") < 0.4].mean()
+     and (clouds("gain_calibrated") > clouds("gain_bsap")).all()),
+    ("05", "There $w^*$ itself also ranks BSAP's gains, for both CLIPs (0.5), as the share does for one of them",
+     lambda: (clouds("rank of weight").round(1) == 0.5).all() and sorted(clouds("rank of region_share").round(1)) == [0, 0.5]),
+    ("05", "loses 1.7 points at most, and gains half as much where there is much to gain",
+     lambda: round(choices()["worst"]["T = 1, w = ½"], 1) == -1.7
+     and (lambda t: 0.25 < t["gain_half"] / t["gain_bsap"] < 0.5)(cloud("clip-refshapes", "share > 0.4"))),
+    ("05", "gains 2.7 points where the in-domain CLIP has a small share and $w^*$ 0.6; with the web-like CLIP it gains nothing, and "
+           "loses up to 2.2",
+     lambda: round(cloud("clip-refshapes")["gain_texts"], 1) == 2.7 and round(cloud("clip-refshapes")["gain_calibrated"], 1) == 0.6
+     and cloud("clip-refshapes-web")["gain_texts"] < 0.2 and round(small_share("gain_texts", "clip-refshapes-web").min(), 1) == -2.2),
     ("05", "the captions of COCO (0.12) gaining more at $T = 1$ than THINGS (0.40), where CLIP leaves only six points to gain",
      lambda: real("delta", "bsap", 1) > real("delta", "bsap", 1, THINGS) and round(100 - real_regime("clip_accuracy", THINGS)) == 6),
-    ("05", "the worst of 210 regimes is −1.1 with it and −4.7 without",
-     lambda: -1.2 < worst("worst", temperature=1, weight="w*") < -1.1 and round(worst("worst", temperature=1, weight="w = 1"), 1) == -4.7),
+    ("05", "the worst of 210 regimes is −1.0 with it and −4.7 without, at $T = 1$. So does half the weight (−1.7)",
+     lambda: (round(worst("worst", temperature=1, weight="w*"), 1), round(worst("worst", temperature=1, weight="w = 1"), 1),
+              round(choices()["worst"]["T = 1, w = ½"], 1)) == (-1.0, -4.7, -1.7)),
     ("05", "half of the sample's regimes gain less than one point, from −4.7 to +3.5 in all; the captions of COCO, with as small a share, "
-           "gain 2.8",
+           "gain 2.9",
      lambda: (lambda t: (round(t.min(), 1), round(t.max(), 1)) == (-4.7, 3.5) and t.median() < 1)(
-         regime("gain_bsap")[regime("region_share") < 0.4]) and round(real_regime("gain_bsap"), 1) == 2.8),
+         regime("gain_bsap")[regime("region_share") < 0.4]) and round(real_regime("gain_bsap"), 1) == 2.9),
     ("05", "The best of 150 cells gained 4.3 points on val and 0.1 on test, less than BSAP without any choice",
      lambda: round(rows("sample/table_bank_temperature").drop(columns="bank").max(axis=None) - 42.5, 1) == 4.3
      and round(cell("sample/table_chosen", "delta_vs_clip", method="chosen bank, T and w"), 1) == 0.1),
@@ -236,16 +279,16 @@ CLAIMS = [
      lambda: (every_method("csls") > 0).all() and (every_method("bsap_calibrated") < 0).sum() == 1),
     ("05", "what divides by a spread as well (min–max, z-score) loses in all",
      lambda: (every_method("bsap_minmax") < 0).all() and (every_method("bsap_zscore") < 0).all()),
-    ("05", "with $w^*$ the worst regime loses one to two points at any $T$, where $w = 1$ loses about four from $T = 1$ on "
+    ("05", "with $w^*$ the worst regime loses one to two and a half points at any $T$, where $w = 1$ loses about four from $T = 1$ on "
            "(eleven at $T = 0.5$)",
-     lambda: rows("sample/table_weights", weight="w*")["worst"].between(-2, -1).all()
+     lambda: rows("sample/table_weights", weight="w*")["worst"].between(-2.5, -1).all()
      and rows("sample/table_weights", weight="w = 1")[lambda t: t["temperature"] >= 1]["worst"].between(-4.8, -3.7).all()
      and round(worst("worst", temperature=0.5, weight="w = 1")) == -11),
     ("05", "image → text, $w^*$ with the mean as pool loses four",
      lambda: round(cell("real/table_real_control", "delta", scores=COCO, method="bsap_calibrated",
                         temperature=float("inf"))) == -4),
-    ("05", "Of the choices that need no labels, $w^*$ at $T = 5$ lost least here",
-     lambda: choices()["worst"].drop("T and w by labels").idxmax() == "T = 5, w*"),
+    ("05", "Of the choices that need no labels, $w^*$ at $T = 1$ lost least here",
+     lambda: choices()["worst"].drop("T and w by labels").idxmax() == "T = 1, w*"),
     ("05", "$T$ by hubness with $w = 1$ gained most of them and lost up to four points",
      lambda: choices()["mean"].drop("T and w by labels").idxmax() == "T by hubness, w = 1"
      and round(choices()["worst"]["T by hubness, w = 1"]) == -4),
@@ -264,20 +307,41 @@ CLAIMS = [
     ("05", "A few category names or generic words do this CLIP no harm",
      lambda: all((rows("sample/table_bank_size", size=size, bank=bank)["gain"] > 0).all()
                  for size in (2, 4) for bank in ("categories", "generic"))),
-    ("06", "BSAP has four points less there, and its interval includes zero",
+    ("06", "BSAP has four points less there, with an interval that includes zero, and the z-score and dynamic QB-Norm have six less, with "
+           "intervals that do not",
      lambda: round(gallery("delta_1", "bsap")) == -4 and gallery("delta_1_high", "bsap") > 0
+     and all(abs(gallery("delta_1", one) + 6) < 0.6 and gallery("delta_1_high", one) < 0 for one in ("bsap_zscore", "qb_norm_dynamic"))
      and (rows("sample/table_retrieval", split="test")["delta_1_low"] <= 0).all()),
     ("06", "BSAP, CSLS and Sinkhorn return regions more evenly. Subtraction returns them less evenly than CLIP and finds less",
      lambda: (lambda t: (t["delta_ci_high"][["bsap", "csls", "sinkhorn"]] < 0).all() and t["delta_ci_low"]["subtraction"] > 0)(
          rows("sample/table_retrieval_hubness", measure="gini").set_index("method")) and gallery("delta_r", "subtraction") < 0),
-    ("06", "By R-precision BSAP with $w^*$, CSLS and Sinkhorn gain about two points, and DB-Norm does harm",
-     lambda: all(gallery("delta_r_low", one) > 0 for one in ("bsap_calibrated", "csls", "sinkhorn"))
-     and gallery("delta_r_high", "db_norm") < 0),
+    ("06", "By R-precision BSAP with $w^*$, CSLS and Sinkhorn gain about two points; DB-Norm, whose bank of images is read softly, and "
+           "QB-Norm's dynamic form change nothing",
+     lambda: all(gallery("delta_r_low", one) > 0 and round(gallery("delta_r", one)) == 2 for one in ("bsap_calibrated", "csls", "sinkhorn"))
+     and all(abs(gallery("delta_r", one)) < 0.2 for one in ("db_norm", "qb_norm_dynamic"))),
     ("07", "the length of their mean is about 0.7",
      lambda: rows("real/table_real_level")[["‖mean image‖", "‖mean text‖"]].stack().between(0.6, 0.8).all()),
-    ("07", "BSAP-H, the paper's other method, gains more on the captions. QB-Norm and CSLS, with their authors' settings, gain on both",
-     lambda: real("delta", "bsap_h", 1) > real("delta", "bsap", 1)
+    ("07", "BSAP-H, the paper's other method (its weight of ½ is ours), gains more on the captions. QB-Norm in its static form is BSAP "
+           "with $T = 5$, the old inverted softmax; it and CSLS gain on both",
+     lambda: real("delta", "bsap_h", 1) > real("delta", "bsap", 1) and real("delta", "qb_norm", 5) == real("delta", "bsap", 5)
      and all((rows("real/table_real_scores", method=one)["ci_low"] > 0).all() for one in ("qb_norm", "csls"))),
+    ("07", "At $T = 1$, $w = ½$ gains 5.5 points there, more than $w^*$, which is 0.29; on THINGS the two are equal",
+     lambda: round(real("delta", "bsap_half", 1), 1) == 5.5 and real("ci_low", "bsap_half", 1) > real("delta", "bsap_calibrated", 1)
+     and round(real("weight", "bsap_calibrated", 1), 2) == 0.29
+     and abs(real("delta", "bsap_half", 1, THINGS) - real("delta", "bsap_calibrated", 1, THINGS)) < 0.1),
+    ("07", "it gains as much as its bank of texts alone ($T = 2$)",
+     lambda: all(abs(real("delta", "db_norm", 2, one) - real("delta", "bsap", 2, one)) < 0.5 for one in (COCO, THINGS))),
+    ("07", "(last row, $T = 199$) the bank of images has six times the weight of the texts'",
+     lambda: (rows("real/table_real_scores", method="db_norm", temperature=199.0)["ci_high"] < -15).all() and round(3 * 1.99) == 6),
+    ("07", "With $w^*$ at $T$ of 1 to 2, or half the weight at $T = 1$, COCO gains two to three points",
+     lambda: all(2 < cell("real/table_real_control", "delta", scores=COCO, method=one, temperature=t) < 3.5
+                 for one, t in (("bsap_calibrated", 1), ("bsap_calibrated", 2), ("bsap_half", 1)))),
+    ("07", "There the captions of COCO gain 2.9 points (p = 0.06), and THINGS shows no gain",
+     lambda: round(real("delta", "bsap", 1), 1) == 2.9 and asked_of_both()[0] == 0.06 and asked_of_both()[1] > 0.05),
+    ("07", "with half the weight at $T = 1$ 5.5 and 2.4",
+     lambda: [round(real("delta", "bsap_half", 1, one), 1) for one in (COCO, THINGS)] == [5.5, 2.4]),
+    ("07", "CSLS, Sinkhorn and DB-Norm gain as much",
+     lambda: all(real_gain(one) > real("delta", "bsap", 1) + 1 for one in ("csls", "sinkhorn", "db_norm"))),
     ("07", "On THINGS the plain mean does as well as anything, and a weight below 1 gives part of that away",
      lambda: rows("real/table_real_scores", scores=THINGS)["delta"].max() - real("delta", "bsap", float("inf"), THINGS) < 0.3
      and all(cell("real/table_real_scores", "delta", scores=THINGS, method=one) < real("delta", "bsap", float("inf"), THINGS) - 1
@@ -293,12 +357,12 @@ CLAIMS = [
     ("07", "at $T = 1$ no gain, and a loss with the mean on COCO",
      lambda: all(cell("real/table_real_control", "delta", scores=one, method="bsap", temperature=1) < 0 for one in (COCO, THINGS))
      and cell("real/table_real_control", "ci_high", scores=COCO, method="bsap", temperature=float("inf")) < 0),
-    ("07", "It gains on the captions and shows no difference on THINGS",
-     lambda: real("ci_low", "bsap", 1) > 0 > real("ci_low", "bsap", 1, THINGS)),
+    ("07", "The captions gain 2.9 points, at the edge of what can be told from luck; THINGS, where plain CLIP is already right 94 times "
+           "in 100, shows no difference",
+     lambda: round(real("delta", "bsap", 1), 1) == 2.9 and real("ci_low", "bsap", 1) > 0 > real("ci_low", "bsap", 1, THINGS)
+     and asked_of_both()[0] > 0.05),
     ("07", "plain CLIP is already right 94 times in 100",
      lambda: abs(rows("real/table_real_scores", scores=THINGS, method="clip")["recall_1"].iloc[0] - 94) < 0.5),
-    ("07", "DB-Norm (last row) does great harm",
-     lambda: (rows("real/table_real_scores", method="db_norm")["ci_high"] < -15).all()),
     ("07", "on both sets a soft maximum with $T$ of 3 to 5 does better than BSAP's $T = 1$",
      lambda: all(real("delta", "bsap", t, one) > real("delta", "bsap", 1, one) + 1.5 for t in (3, 5) for one in (COCO, THINGS))),
     ("07", "the mean, which by itself shows no difference there",
@@ -328,14 +392,16 @@ def test_the_table_says_what_the_words_say(where, words, holds):
 
 
 def signed(value):
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def test_the_readmes_real_scores_are_those_of_the_table():
-    methods = {"BSAP, T = 1": ("bsap", 1), "BSAP, T = 1, weight without labels": ("bsap_calibrated", 1),
-               "BSAP-H, T = 1": ("bsap_h", 1), "QB-Norm (T = 5)": ("qb_norm", 5), "CSLS": ("csls", None),
-               "Sinkhorn, T = 1": ("sinkhorn", 1), "mean (T = ∞)": ("bsap", float("inf")), "DB-Norm": ("db_norm", None),
-               "BSAP, T chosen without labels": ("gain_hubness", None)}  # fmt: skip
+    methods = {"BSAP, T = 1": ("bsap", 1), "BSAP, T = 1, weight w* from unlabelled texts": ("bsap_calibrated", 1),
+               "BSAP, T = 1, half the weight": ("bsap_half", 1), "BSAP, T chosen without labels": ("gain_hubness", None),
+               "BSAP-H, T = 1": ("bsap_h", 1), "QB-Norm, static: T = 5, the inverted softmax": ("qb_norm", 5),
+               "QB-Norm, dynamic": ("qb_norm_dynamic", 5), "CSLS": ("csls", None), "Sinkhorn, T = 1": ("sinkhorn", 1),
+               "DB-Norm, β of 50 and 1": ("db_norm", 2), "mean (T = ∞)": ("bsap", float("inf")),
+               "min–max": ("bsap_minmax", None)}  # fmt: skip
     text = prose("README.md")
     for name, (method, temperature) in methods.items():
         cells = []
@@ -354,14 +420,18 @@ def test_the_readmes_real_scores_are_those_of_the_table():
 
 def test_the_readmes_rec_table_is_that_of_the_run():
     text = prose("README.md")
-    names = {"clip": "CLIP", "bsap": "BSAP, T = 1", "bsap_calibrated": "BSAP, T = 1, weight without labels",
-             "bsap_h": "BSAP-H", "qb_norm": "QB-Norm", "csls": "CSLS", "sinkhorn": "Sinkhorn, the best of thirteen",
+    names = {"clip": "CLIP", "bsap": "BSAP, T = 1", "bsap_calibrated": "BSAP, T = 1, weight w* from unlabelled texts",
+             "bsap_h": "BSAP-H", "qb_norm": "QB-Norm, static", "csls": "CSLS", "sinkhorn": "Sinkhorn, the best of thirteen",
              "bsap_minmax": "min–max, with z-score the worst"}  # fmt: skip
     accuracy = rows("sample/table_rec", split="test").set_index("method")["accuracy"]
     assert accuracy.idxmax() == "sinkhorn" and (accuracy.nsmallest(2) == accuracy[["bsap_minmax", "bsap_zscore"]]).all()
     for method, name in names.items():
         interval = f"[{signed(rec('delta_ci_low', method))}, {signed(rec('delta_ci_high', method))}]"
-        against = "" if method == "clip" else f"{signed(rec('delta_vs_clip', method))} {interval}"
+        against = (
+            "|"
+            if method == "clip"
+            else f"{signed(rec('delta_vs_clip', method))} {interval} | {rec('p_value', method):.2f}"
+        )
         assert f"| {name} | {rec('accuracy', method):.1f} % | {against} |".replace("  |", " |") in text.replace(
             "|  |", "| |"
         )

@@ -119,7 +119,7 @@ def test_right_wrong_and_margin(explorer):
 def test_the_calibrated_weight_is_least_squares_on_train_expressions(explorer, scorer):
     setting = explore.Setting(bank="generic", temperature=3.0)
     a = explorer.logits(explorer.image, auxiliary_prompts("generic"), setting).double().numpy()
-    texts = unlabelled_texts(explorer.whole, [*auxiliary_prompts("generic"), *explorer.ds.expressions["text"]])
+    texts = unlabelled_texts(explorer.whole, auxiliary_prompts("generic"))
     m = explorer.logits(explorer.image, texts, setting).double().numpy().mean(1)
     x = 3.0 * logsumexp(a / 3.0, axis=1)
     for image in explorer.competing.unique().tolist():
@@ -133,7 +133,7 @@ def test_without_train_expressions_the_weight_is_measured_on_all(cells, explorer
     own = explore.Explorer(explorer.ds, cells["candidates"], explorer.scorer, explorer.ds)
     setting = explore.Setting("red star", method="bsap_calibrated")
     a = own.logits(own.image, own.prompts("categories"), setting)
-    texts = unlabelled_texts(explorer.ds, explorer.ds.expressions["text"])  # all are asked here
+    texts = unlabelled_texts(explorer.ds, own.prompts("categories"))
     mean = own.logits(own.image, texts, setting).mean(1)
     assert own.calibrated(setting) == pytest.approx(calibrated_weight(pool(a), mean, own.competing))
     cells["explorer"] = own
