@@ -40,6 +40,7 @@ from bsap_utils.notebook import usable_folder
 
 SECTIONS: dict[str, Any] = {"run_name": "", "skip": [], "all": {}, "published": {}}  # of a params file
 FREE = {"DATASET", "SPLIT", "REPORT_ON", "PROPOSALS", "GLOBAL_WEIGHT", "DATA_ROOT", "DEVICE", "OUT_DIR"}  # of its row
+OURS = ("DatasetError", "ModelError", "ValueError", "FileNotFoundError")  # a cell's errors whose sentence says enough
 SECOND = ("OTHER_", "BANKS", "GALLERY", "CHOOSE_ON")  # take what another takes: a folder's name says which it was
 
 
@@ -136,8 +137,10 @@ def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
     try:
         execute_notebook(notebook, output, parameters, **how)
     except (Exception, KeyboardInterrupt) as error:  # an error in a cell, Ctrl-C, a kernel that died or did not start
-        problem = f"{notebook.stem} stopped: {type(error).__name__} {error}"
-        raise ValueError(f"{problem}\nAs far as it got: {shown(output)}") from error
+        said = getattr(error, "ename", "") in OURS and error.evalue
+        problem = said or f"{type(error).__name__} {error}"
+        got = "The traceback is in" if said else "As far as it got:"
+        raise ValueError(f"{notebook.stem} stopped: {problem}\n{got} {shown(output)}") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
