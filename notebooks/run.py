@@ -108,10 +108,17 @@ def read_params(path: Path, known: dict[str, dict]) -> dict[str, Any]:
     return content
 
 
-def slug(parts: list[str]) -> str:
-    """Parts joined to a folder name of at most 80 safe characters; a hash stands for what was changed or cut off."""
-    text = "-".join(parts)
-    name = re.sub(r"[^\w.,+-]+", "-", text, flags=re.ASCII).strip("-.")
+def word(name: str, value: str) -> str:
+    """A parameter in a folder's name: its value alone, unless that does not tell which parameter it is."""
+    bare = value[:1].isalpha() and value not in ("True", "False", "None") and not name.startswith(SECOND)
+    return value if bare else f"{name.lower()}-{value}"
+
+
+def slug(run_name: str, pairs: list[tuple[str, str]]) -> str:
+    """A folder name of at most 80 safe characters: of paths their last part; a hash stands for what is changed or left out."""
+    last = [(name, re.sub(r"(?<![^,])(?:local-dir:)?(?:[^,:]*/)?(?=[^,/])", "", value)) for name, value in pairs]
+    text, short = ("-".join([run_name] * bool(run_name) + [word(*pair) for pair in of]) for of in (pairs, last))
+    name = re.sub(r"[^\w.,+-]+", "-", short, flags=re.ASCII).strip("-.")
     return name if name == text and len(name) <= 80 else f"{name[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -282,9 +289,7 @@ def run(notebook: str, pairs: list[tuple[str, str]], params: Path | None, name: 
         return click.echo("\n".join(lines))
     given = dict(pairs)
     check_known("-p: no parameter", given, {name: "" for stem in chosen for name in known[stem]})
-    bare = [v[:1].isalpha() and v not in ("True", "False", "None") and not n.startswith(SECOND) for n, v in pairs]
-    words = [v if alone else f"{n.lower()}-{v}" for alone, (n, v) in zip(bare, pairs, strict=True)]
-    results = slug([name] if name else [one for one in (content["run_name"], *words) if one])
+    results = slug(name, []) if name else slug(content["run_name"], list(pairs))
     jobs = []
     for stem, path in chosen.items():
         wanted = content["all"] | content.get(stem, {}) | given

@@ -385,10 +385,24 @@ def test_damaged_notebook(root, tmp_path, text):
 
 
 def test_slugs_are_safe_and_tell_apart_what_they_change():
-    assert run.slug(["refcoco", "val", "ViT-B-32", "openai"]) == "refcoco-val-ViT-B-32-openai"
+    assert run.slug("", [("DATASET", "refcoco"), ("MODEL", "ViT-B-32"), ("SEED", "3")]) == "refcoco-ViT-B-32-seed-3"
     names = ["банк.txt", "слова.txt", "动物", "a b", "a-b", "../../etc", "etc", "..", "é/ü", "x" * 100, "x" * 101]
-    slugs = [run.slug([name]) for name in names]
-    assert len(set(slugs)) == len(names) and all(len(s) <= 80 and "/" not in s and s.strip(".-") for s in slugs)
+    names += ["w/x", "v/x", "local-dir:x", "local-dir:w/x", "local-dir:w/x,local-dir:v/x"]
+    of_names, of_models = [run.slug(n, []) for n in names], [run.slug("", [("MODEL", n)]) for n in names]
+    assert len(set(of_names)) == len(set(of_models)) == len(names)
+    assert all(len(s) <= 80 and "/" not in s and s.strip(".-") for s in of_names + of_models)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("MODEL", "local-dir:/tmp/user/w/tinyA,local-dir:../tinyB/", "tinyA,tinyB"), ("MODEL", "local-dir:tinyA", "tinyA"),
+        ("PROPOSALS", "/data/my boxes.json", "my-boxes.json"), ("OTHER_PROPOSALS", "a/b.json", "other_proposals-b.json"),
+        ("MODEL", "hf-hub:timm/ViT-B-32", "hf-hub-timm-ViT-B-32"),
+    ],
+)  # fmt: skip
+def test_folders_are_named_by_the_last_part_of_a_path(name, value, shown):
+    assert re.fullmatch(f"refcoco-{shown}-[0-9a-f]{{8}}", run.slug("refcoco", [(name, value)]))
 
 
 @pytest.mark.parametrize("pair", [("VISUAL_PROMPTS", "OTHER_PROMPTS"), ("AUX_BANK", "BANKS"), ("SPLIT", "GALLERY")])
