@@ -198,11 +198,14 @@ def beside_published(row: dict[str, str], folder: Path, tables: list[str]) -> li
     theirs = theirs[(theirs[wanted.index] == wanted).all(axis=1)].rename(columns={"accuracy": "value"})
     keys = ["value", *theirs.columns.intersection(["dataset", "split", "proposals"])]
     lines = []
-    for one in ours[ours["method"] == row.get("ours", "clip")].merge(theirs[keys]).to_dict("records"):
-        low, high, gap = one[f"{ends}_low"], one[f"{ends}_high"], one[value] - one["value"]
-        same = "same" if low <= one["value"] <= high else f"difference {gap:+.1f}"
-        measured = f"measured {one[value]:.1f} [{low:.1f}, {high:.1f}]"
-        lines.append(f"{one['dataset']} {one['split']}: {measured}, published {one['value']:.2f}: {same}")
+    for one in ours[ours["method"] == row.get("ours", "clip")].merge(theirs[keys], how="left").to_dict("records"):
+        low, high, known = one[f"{ends}_low"], one[f"{ends}_high"], one["value"]
+        sure = low <= high  # NaN where the pictures are too few
+        interval = f"[{low:.1f}, {high:.1f}]" if sure else "(too few pictures for an interval)"
+        same = ": same" if low <= known <= high else f": difference {one[value] - known:+.1f}" if sure else ""
+        published = f"published {known:.2f}{same}" if pd.notna(known) else "no published row"
+        measured = f"measured {one[value]:.1f} {interval} on {one['n']:,} expressions"
+        lines.append(f"{one['dataset']} {one['split']}: {measured}, {published}")
     return lines
 
 

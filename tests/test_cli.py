@@ -40,9 +40,10 @@ print("no error")
 REC = """\
 from pathlib import Path
 Path(OUT_DIR, "table_rec.csv").write_text(
-    "dataset,split,proposals,method,accuracy,ci_low,ci_high\\n"
-    "refcoco,val,detections,clip,40.1,39.0,41.2\\nrefcoco,testA,detections,clip,49.0,48.0,50.0\\n"
-    "refcoco,val,detections,bsap,45.0,44.0,46.0\\n")
+    "dataset,split,proposals,method,n,accuracy,ci_low,ci_high\\n"
+    "refcoco,val,detections,clip,10834,40.1,39.0,41.2\\nrefcoco,testA,detections,clip,5657,49.0,48.0,50.0\\n"
+    "refcoco,testB,detections,clip,3,0.0,,\\nrefcoco,test,detections,clip,3,0.0,,\\n"
+    "refcoco,val,detections,bsap,10834,45.0,44.0,46.0\\n")
 """
 SLEEP = "import os, time\nfrom pathlib import Path\nPath(OUT_DIR, 'fig_1.svg').write_text('half')\n"
 SLEEP += "Path('pid').write_text(str(os.getpid()))\ntime.sleep(99)"
@@ -240,16 +241,18 @@ def test_the_run_ends_beside_the_published_row(root, tmp_path):
     (tmp_path / "reclip.yaml").write_text(f"published: {ROW}")
     output = bsap("run", "04_ris", "--params", tmp_path / "reclip.yaml")
     assert [line for line in output.splitlines() if "measured" in line] == [
-        "refcoco val: measured 40.1 [39.0, 41.2], published 40.58: same",
-        "refcoco testA: measured 49.0 [48.0, 50.0], published 43.98: difference +5.0",
+        "refcoco val: measured 40.1 [39.0, 41.2] on 10,834 expressions, published 40.58: same",
+        "refcoco testA: measured 49.0 [48.0, 50.0] on 5,657 expressions, published 43.98: difference +5.0",
+        "refcoco testB: measured 0.0 (too few pictures for an interval) on 3 expressions, published 37.63",
+        "refcoco test: measured 0.0 (too few pictures for an interval) on 3 expressions, no published row",
     ]
 
 
 def test_what_is_not_the_rows_own_setting_is_not_compared_with_it(root, tmp_path):
     (tmp_path / "reclip.yaml").write_text(f"published: {ROW}")
-    for name, value, lines in (("SPLIT", "testA", 2), ("MODEL", "other", 0)):
+    for name, value, lines in (("SPLIT", "testA", 3), ("MODEL", "other", 0)):
         output = bsap("run", "04_ris", "--params", tmp_path / "reclip.yaml", "-p", name, value)
-        assert output.count("published 4") == lines and ("not compared" in output) == (name == "MODEL")
+        assert output.count(", published ") == lines and ("not compared" in output) == (name == "MODEL")
 
 
 def entry(name: str) -> dict:
