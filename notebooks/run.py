@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,23 +165,34 @@ def publish(staging: Path, folder: Path, entry: dict[str, Any]) -> tuple[list[st
     """Move a finished notebook's files to `folder` and its manifest: (files moved, files there that no run made).
 
     The latter stay, in both places. What the notebook wrote before and writes no more is removed, unless changed since.
+    ValueError where they cannot be moved, as on a full disk: `folder` is as before, and `staging`, too.
     """
     digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: E731
     manifest, files = read_manifest(folder), {path.name: path for path in sorted(staging.iterdir()) if path.is_file()}
-    alien = [n for n in files if (folder / n).is_symlink() or (folder / n).exists() and n not in manifest]
+    regular = {n for n in manifest if (folder / n).is_file() and not (folder / n).is_symlink()}
+    alien = [n for n in files if os.path.lexists(folder / n) and n not in regular]
     moved = [name for name in files if name not in alien]
     stale = [n for n, old in manifest.items() if n not in files and old.get("notebook") == entry["notebook"]]
-    for path in (folder / name for name in stale):
-        if path.is_file() and not path.is_symlink() and digest(path) == manifest[path.name].get("sha256"):
-            path.unlink()
     made = {name: old for name, old in manifest.items() if name not in [*alien, *stale]}
     made |= {name: entry | {"sha256": digest(files[name])} for name in moved}
-    if made or manifest:  # before the files, so that what a killed run has moved is known to be ours
-        text = json.dumps(dict(sorted(made.items())), indent=1, ensure_ascii=False, default=str)
-        text = re.sub(r'(?<=[":=])/(?:[^/"]+/)*(?=\w)', "…/", text.replace(f"{ROOT}/", ""))  # no machine's folders
-        write_file(folder / "manifest.json", f"{text}\n".encode())
+    text = json.dumps(dict(sorted(made.items())), indent=1, ensure_ascii=False, default=str)
+    text = re.sub(r'(?<=[":=])/(?:[^/"]+/)*(?=\w)', "…/", text.replace(f"{ROOT}/", ""))  # no machine's folders
+    try:
+        if made or manifest:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as parts:
+                for name in moved:  # all has room before anything changes
+                    shutil.copyfile(files[name], Path(parts, name))
+                write_file(folder / "manifest.json", f"{text}\n".encode())
+                for name in moved:  # after the manifest, so that what a killed run has moved is known to be ours
+                    os.replace(Path(parts, name), folder / name)
+        for path in (folder / name for name in regular.intersection(stale)):
+            if digest(path) == manifest[path.name].get("sha256"):
+                path.unlink()
+    except OSError as error:
+        problem = f"the results could not be moved there ({error.strerror or error}) and are safe in {shown(staging)}/"
+        raise ValueError(f"{shown(folder)}/: {problem}: copy them, or mend that and run again.") from error
     for name in moved:
-        write_file(folder / name, files[name].read_bytes())
         files[name].unlink()
     with suppress(OSError):  # what could not be moved is left there
         staging.rmdir()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -284,6 +285,25 @@ def test_publish_merges_by_notebook(root, tmp_path):
 def test_publish_nothing_makes_nothing(root, tmp_path):
     assert run.publish(stage(tmp_path / "1"), tmp_path / "figures", entry("one")) == ([], [])
     assert not (tmp_path / "figures").exists()
+
+
+def test_results_that_cannot_be_moved_are_safe_and_nothing_else_changes(root, tmp_path):
+    """The system refuses the larger file, as it does on a full disk; it would replace one of an earlier run."""
+    folder = tmp_path / "figures"
+    run.publish(stage(tmp_path / "1", a="1", b="1", old="1"), folder, entry("one"))
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    again, limits = stage(tmp_path / "2", a="2", b="2" * 9000), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(ValueError) as error:
+            run.publish(again, folder, entry("one"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{folder}/: the results" in str(error.value)
+    assert f"(File too large) and are safe in {again}/:" in str(error.value)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+    assert run.publish(again, folder, entry("one")) == (["a", "b"], []) and not again.exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "manifest.json"]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}'])
