@@ -263,6 +263,13 @@ def test_without_a_person_there_are_picture_and_table_and_no_widget(tmp_path, mo
     assert (tmp_path / "fig_explore.png").is_file()
 
 
+def test_of_fewer_pictures_than_the_scene_asked_for_the_last_is_shown(tmp_path):
+    cells = run_notebook(tmp_path, LIMIT=2, SCENE=4)
+    slider = cells["controls"](cells["setting"]).scene
+    assert (slider.value, slider.max) == (2, 2) and len(cells["ds"].images) == 2
+    assert cells["scene"].expressions["image_id"].unique().tolist() == [cells["ds"].images.index[1]]
+
+
 def test_a_change_takes_little(page):
     """0.3 s in the browser, drawing and transport included (test_browser.py measures it); here processor time."""
     start = time.process_time()
