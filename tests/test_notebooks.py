@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
-from bsap_utils import ROOT
+from bsap_utils import ROOT, plotting
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUN = [path for path in NOTEBOOKS if path.stem[:2].isdigit()]  # A1 trains a model, and keeps its own outputs
@@ -122,6 +123,21 @@ def test_a_method_of_ones_own_is_a_line_in_a_cell_and_papermill_repeats_it_to_th
     table = pd.read_csv(out / "table_rec.csv")
     assert tables[0] == tables[1] and (out / "fig_rec.png").is_file()
     assert set(table["split"]) == {"test"} and {"clip", "bsap", "nnn", "mine"} <= set(table["method"])
+
+
+def test_a_region_that_nothing_retrieves_is_no_hub(tmp_path, monkeypatch):
+    """Two pictures, a text, the region that it retrieves: the row of hubs shows no other."""
+    shown, names = [], {}
+    monkeypatch.setattr(plotting, "picture_grid", lambda pictures, captions, *_: shown.extend(captions) or plt.figure())
+    small = {"LIMIT": 2, "TEXTS": 1, "NEIGHBOURS": 1, "METHODS": ["clip"], "OUT_DIR": str(tmp_path)}
+    for source in (cell.source for cell in read(RUN[1]).cells if cell.cell_type == "code"):
+        if "plotting.save" not in source or "fig_hubs" in source:
+            exec(source, names)
+        names |= small if source.startswith("DATASET") else {}
+        if "fig_hubs" in source:
+            break
+    assert shown[0].endswith(" ×1") and shown[1:8] == [""] * 7
+    assert len(shown) > 8 and all(caption.endswith(" ×0") for caption in shown[8:])
 
 
 def test_a_notebook_needs_no_command_of_ours():
