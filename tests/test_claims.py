@@ -140,7 +140,7 @@ CLAIMS = [
     ("README.md", "and image → text shows no gain",
      lambda: all(cell("real/table_real_control", "ci_low", scores=one, method="bsap", temperature=1) < 0 for one in (COCO, THINGS))),
     ("README.md", "over 210 settings of the sample from −4.7 to +35 points. A weight measured on a hundred unlabelled texts holds the worst at "
-                  "−0.9, as does the mean over those texts, with no bank at all, at −1.0",
+                  "−0.9; the mean over those texts, with no bank at all, at −1.0",
      lambda: (worst("settings", temperature=1, weight="w*"), round(regime("gain_bsap").min(), 1), round(regime("gain_bsap").max(), 1),
               round(regime("gain_calibrated").min(), 1), round(regime("gain_texts").min(), 1)) == (210, -4.7, 35.0, -0.9, -1.0)),
     ("README.md", "No small share came with a large gain at T = 1 (all large ones here are one CLIP under three templates)",
@@ -150,7 +150,7 @@ CLAIMS = [
     ("README.md", "THINGS (0.40) gains less at T = 1 than COCO's captions (0.12). Among small shares bank and CLIP decide",
      lambda: round(real_regime("region_share", THINGS), 2) == 0.40 and round(real_regime("region_share"), 2) == 0.12
      and real("delta", "bsap", 1, THINGS) < real("delta", "bsap", 1)),
-    ("README.md", "on its test split BSAP gains 1.4 points in REC, too little to be told from chance even alone (p = 0.07",
+    ("README.md", "On its test split BSAP gains 1.4 points in REC, too little to be told from chance even alone (p = 0.07",
      lambda: round(rec("delta_vs_clip", "bsap"), 1) == 1.4 and round(rec("p_value", "bsap"), 2) == 0.07),
     ("README.md", "adjusted for the thirteen corrections none is below 0.5",
      lambda: (rows("sample/table_rec", split="test")["p_holm"] > 0.5).all() and len(rows("sample/table_rec", split="test")) == 14),
