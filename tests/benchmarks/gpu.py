@@ -4,7 +4,8 @@ It needs no network: weights and JPEGs are made on the spot. (a) `pytest -m gpu`
 and end to end, as `encoding.py` has it, with a profile of where the time goes (goals: 60 % and 90 % of the bare encoder);
 (c) the bias of 10⁶ regions against the matrix product in it. Results go to results/encoding-gpu.json. `--small` does the
 same on a CPU with a small model, so that this cannot rot: nothing is written then. Where PyTorch, torchvision, pandas,
-scipy, pyarrow and pytest are, wheels of open_clip_torch, ftfy, wcwidth, pycocotools, faiss-cpu and lazy_loader are all it lacks (21 MB).
+scipy, pyarrow and pytest are, wheels of open_clip_torch, ftfy, wcwidth, pycocotools, faiss-cpu and lazy_loader (21 MB)
+are all it lacks.
 """
 
 from __future__ import annotations
