@@ -105,7 +105,7 @@ class ReferDataset:
 
     def load_image(self, image_id: int) -> Image.Image:
         """Return one image in RGB. Raises DatasetError when it is missing, damaged or not of the size annotated."""
-        path, size = self.image_path(image_id), self.images.loc[image_id, ["width", "height"]].tolist()
+        path, size = self.image_path(image_id), [*map(int, self.images.loc[image_id, ["width", "height"]])]
         if list((image := open_picture(path)).size) != size:
             raise DatasetError(f"{path}: has {image.size} pixels, not {size} as annotated. Put the right one there.")
         return image
