@@ -129,8 +129,9 @@ def load_refer(
     image_root = Path(image_root or (own if own.is_dir() else Path(root) / "images/mscoco/images/train2014"))
     tables = sorted([*folder.glob("expressions.csv")] or folder.glob(f"{dataset}_[tv]*.json"))  # train, val, test, …
     if not refs.is_file() and not tables:
-        raise DatasetError(f"{refs}: no such file, and no expressions.csv. `bsap data get refcoco` (refcoco+, refcocog) gets "
-                           "those; else pass another dataset, root or split_by.")  # fmt: skip
+        raise DatasetError(
+            f"{refs}: no such file, nor expressions.csv. Run `bsap data get`, or pass another name or split_by."
+        )
     with reading(folder, "a data set as data/README.md describes it"):
         if refs.is_file():
             images, annotations, expressions = *_read_instances(instances), _read_refs(refs)
@@ -139,7 +140,7 @@ def load_refer(
             images, annotations, expressions = _split_up(rows, instances)
         images, annotations, counts = _clean(images, annotations, folder, image_root, instances.is_file())
     image = expressions["ann_id"].map(annotations["image_id"])
-    where = f"{refs}: expression " if refs.is_file() else f"{tables[0]}: row "
+    where = f"{refs}: expression " if refs.is_file() else f"{tables[0] if len(tables) == 1 else folder}: row "
     refuse(image != expressions["image_id"], where, "its target is no object with area in its image")
     blank = expressions["text"].str.strip() == ""
     counts["expressions without text left out"] = int(blank.sum())
@@ -206,15 +207,19 @@ def _read_rows(path: Path) -> pd.DataFrame:
 def _read_csv(path: Path) -> pd.DataFrame:
     """Return the rows of a table that are not empty, numbered as a spreadsheet does; Excel's semicolons and commas are read."""
     text = read_bytes(path).decode("utf-8-sig")
-    mark = max(",;\t", key=text.partition("\n")[0].count)
-    table = pd.read_csv(io.StringIO(text), sep=mark, dtype=str, keep_default_na=False, skip_blank_lines=False)
-    table = table.rename(columns=lambda name: name.strip().lower()).apply(lambda cells: cells.str.strip())
-    if lacking := [name for name in ("file_name", *XYWH, "text") if name not in table]:
-        raise ValueError(f"its first line lacks {', '.join(lacking)}; it has {', '.join(table)}")
+    mark = max(",;\t", key="".join(text.splitlines()[:1]).count)
+    how: Any = {"sep": mark, "skipinitialspace": True, "keep_default_na": False, "skip_blank_lines": False}
+    table = pd.read_csv(io.StringIO(text), dtype=str, **how).apply(lambda cells: cells.str.strip())
+    if not isinstance(table.index, pd.RangeIndex):
+        raise ValueError("a row has more cells than the first line: put texts with commas into quotes")
+    table = table.rename(columns=lambda name: name.strip().lower())
+    if wrong := [name for name in ["file_name", *XYWH, "text", *table] if [*table].count(name) != 1]:
+        raise ValueError(f"its first line should name {wrong[0]} once; it has {', '.join(table)}")
     table = table.set_axis(table.index + 2)[(table != "").any(axis=1).to_numpy()]
     if table.empty:
         raise ValueError("there is no row below its first line")
-    boxes = table[XYWH].replace({",": "."} if mark == ";" else {}, regex=True).apply(pd.to_numeric, errors="coerce")
+    swap = {r"\.": "?", ",": "."} if mark == ";" and "," in "".join(table[XYWH].sum()) else {}  # so 1.200 is no 1.2
+    boxes = table[XYWH].replace(swap, regex=True).apply(pd.to_numeric, errors="coerce")
     refuse(~np.isfinite(boxes).all(axis=1), f"{path}: row ", "x, y, w and h should be numbers")
     paths = table["file_name"].str.replace("\\", "/").map(lambda name: name and posixpath.normpath(name))
     splits = table["split"].replace("", "all") if "split" in table else "all"
@@ -234,7 +239,7 @@ def _split_up(table: pd.DataFrame, instances: Path) -> tuple[pd.DataFrame, pd.Da
         objects = table.replace("", None).groupby(["image_id", *XYWH], sort=False, as_index=False).first()
         objects = objects.fillna({"category": ""}).astype({"category": "category"})
         objects = objects.assign(id=objects.index + 1, area=objects["w"] * objects["h"], iscrowd=0)
-    names = images[["id", "file_name"]].rename(columns={"id": "image_id"})
+    names = images["file_name"].str.strip().map(posixpath.normpath).to_frame().assign(image_id=images["id"])
     pairs = table.reset_index(names="sent_id").merge(names).merge(objects, on="image_id", suffixes=("", "_"))
     pairs["gap"] = np.abs(pairs[XYWH].to_numpy() - pairs[[f"{side}_" for side in XYWH]].to_numpy()).max(1)
     found = pairs[pairs["gap"] < 0.1001].sort_values(["sent_id", "gap"]).drop_duplicates("sent_id").set_index("sent_id")
@@ -252,9 +257,10 @@ def clean_mask(segmentation: Any) -> tuple[Any, int]:
 
 
 def check_boxes(frame: pd.DataFrame, images: pd.DataFrame, where: Any) -> None:
-    """Raise DatasetError if over 20 % of a frame's boxes, and two, leave their images by a pixel and 5 %, or none is over 1."""
+    """Raise DatasetError if over 20 % of the boxes, and two, have no area or leave their images by 5 %, or none is over 1."""
     boxes, sizes = frame[XYWH].to_numpy(), images.loc[frame["image_id"], ["width", "height"]].to_numpy()
-    leave = ((boxes[:, :2] < -1 - sizes / 20) | (boxes[:, :2] + boxes[:, 2:] > 1 + 1.05 * sizes)).any(1)
+    far = (boxes[:, :2] < -1 - sizes / 20) | (boxes[:, :2] + boxes[:, 2:] > 1 + 1.05 * sizes)
+    leave = (far | ~(boxes[:, 2:] > 0)).any(1)
     if leave.sum() > max(1, 0.2 * len(boxes)) or 0 < boxes.max(initial=0) <= 1:
         raise DatasetError(f"{where}: {leave.mean():.0%} of the boxes leave their picture, or they are shares of 1. Write x, y, "
                            "w, h in pixels of these pictures in this size, not corners or centres.")  # fmt: skip

@@ -15,9 +15,6 @@ from torch import Tensor
 from .regions import Pairs
 from .stats import holm, resampled, sign_flip_p
 
-_REC = {"accuracy_low": "ci_low", "accuracy_high": "ci_high", "delta_accuracy": "delta_vs_clip",
-        "delta_accuracy_low": "delta_ci_low", "delta_accuracy_high": "delta_ci_high"}  # fmt: skip
-
 
 def pick(pairs: Pairs, scores: Tensor) -> Tensor:
     """Return the row of `pairs` with the highest score of each expression, [P] -> [E] or [P, K] -> [E, K]; of equals the first.
@@ -32,12 +29,6 @@ def pick(pairs: Pairs, scores: Tensor) -> Tensor:
     top = top.scatter_reduce(0, index, scores, "amax", include_self=False)
     rows = rows.where(scores == top[pairs.expression], len(rows))
     return rows.new_zeros(top.shape).scatter_reduce(0, index, rows, "amin", include_self=False)
-
-
-def _picks(pairs: Pairs, scores: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray]:
-    """Return the picked rows of each method, [K, E], and each expression's image, [E]."""
-    rows = torch.stack([pick(pairs, torch.as_tensor(one)) for one in scores.values()])
-    return rows, pairs.image[rows[0]].numpy()
 
 
 def _measures(parts: dict, images: np.ndarray, seed: int, draws: int = 10_000, **divisors: np.ndarray) -> pd.DataFrame:
@@ -59,7 +50,7 @@ def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.
 
     Columns: `setting`, method, n, accuracy, ci_low, ci_high, delta_vs_clip (points, to the first method, whatever its
     name), p_value (sign flips over images), delta_ci_low, delta_ci_high, p_holm (for the methods of the table). With
-    `by`, a value an expression such as its split, each value has rows of its own, in a column of that name.
+    `by`, a value an expression such as its split, each value but NaN has rows of its own, in a column of that name.
 
     >>> pairs = Pairs(*map(torch.tensor, ([0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 1, 1], [0.9, 0.1, 0.2, 0.8])))
     >>> scores = {"clip": torch.tensor([2.0, 1.0, 2.0, 1.0]), "mine": torch.tensor([2.0, 1.0, 0.0, 1.0])}
@@ -68,12 +59,16 @@ def rec_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, by: pd.
     0   val   clip  2      50.0            0.0
     1   val   mine  2     100.0           50.0
     """
-    rows, images = _picks(pairs, scores)
+    rows = torch.stack([pick(pairs, torch.as_tensor(one)) for one in scores.values()])
+    images = pairs.image[rows[0]].numpy()
     right, parts = (pairs.iou[rows] > 0.5).double().numpy().T, []
     by = pd.Series("", range(len(images))) if by is None else by
+    if len(by) != len(images):
+        raise ValueError(f"{len(by)} values of {by.name}, of {len(images)} expressions: one an expression is needed.")
     for level, inside in by.groupby(by.array, sort=by.dtype == "category", observed=True).indices.items():
-        hits, of_level = right[inside], setting | ({by.name: level} if by.name else {})
-        table = _measures({"accuracy": hits}, images[inside], seed).rename(columns=_REC)
+        hits, of_level = right[inside], setting | ({} if by.name is None else {by.name: level})
+        names = ["accuracy", "ci_low", "ci_high", "delta_vs_clip", "delta_ci_low", "delta_ci_high"]
+        table = _measures({"accuracy": hits}, images[inside], seed).set_axis(names, axis=1)
         p = sign_flip_p(hits - hits[:, :1], images[inside], seed=seed)
         table.insert(4, "p_value", p.round(4))
         table["p_holm"] = np.r_[1.0, holm(p[1:])].round(4)
@@ -90,7 +85,8 @@ def ris_table(pairs: Pairs, scores: Mapping[str, Tensor], seed: int = 0, **setti
     """
     if pairs.intersection is None or pairs.union is None:
         raise ValueError("The pairs have no masks: make them with pair_up(ds, candidates, masks=True).")
-    rows, images = _picks(pairs, {**scores, "oracle": pairs.iou})
+    rows = torch.stack([pick(pairs, torch.as_tensor(one)) for one in [*scores.values(), pairs.iou]])
+    images = pairs.image[rows[0]].numpy()
     shared, union, iou = (values[rows].double().numpy().T for values in (pairs.intersection, pairs.union, pairs.iou))
     precisions = {f"p{t}": (iou >= t / 100).astype(np.float64) for t in range(50, 100, 10)}
     union = np.maximum(union, 1e-9)  # nothing but empty masks: oIoU 0

@@ -53,8 +53,8 @@ class Explorer:
         """Return scene 1, 2, …"""
         image_id, rows = self.ds.images.index[number - 1], (self.competing == number - 1).nonzero()[:, 0]
         known = self.ds.expressions[self.ds.expressions["image_id"] == image_id]
-        image = self.ds.load_image(image_id)
-        return SimpleNamespace(image=image, boxes=self.boxes[rows], rows=rows, features=self.image, expressions=known)
+        image, boxes = self.ds.load_image(image_id), self.boxes[rows.numpy()]
+        return SimpleNamespace(image=image, boxes=boxes, rows=rows, features=self.image, expressions=known)
 
     def own_scene(self, image: Any, boxes: Any) -> SimpleNamespace:
         """Return the scene of a picture of one's own with the boxes given (xywh, pixels)."""

@@ -54,7 +54,6 @@ mpl.rcParams.update({
 })  # fmt: skip
 pd.set_option("display.html.use_mathjax", False, "styler.html.mathjax", False)
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # an emoji is drawn as a box, without a word each
-_greys: dict[str, str] = {}  # names that are no method of ours, in order of appearance
 
 
 def label(method: str) -> str:
@@ -63,10 +62,8 @@ def label(method: str) -> str:
 
 
 def colour(method: str) -> str:
-    """Return a method's colour; a method that is not in the table gets a grey, the next one another."""
-    if method in METHODS:
-        return METHODS[method][1]
-    return _greys.setdefault(method, ("0.25", "0.45", "0.62")[len(_greys) % 3])
+    """Return a method's colour; grey for one that is not in the table."""
+    return METHODS[method][1] if method in METHODS else "0.45"
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:

@@ -31,8 +31,9 @@ class BalancedIndex:
 
     index: Any
     aux_features: Tensor
-    # what `build` was given, and how vectors are stored: [f / scale / units[0], (bias - centre) / units[1]], norms <= largest
-    settings: dict[str, Any]
+    settings: dict[
+        str, Any
+    ]  # of build; stored are [f / scale / units[0], (bias - centre) / units[1]], no longer than largest
 
     @classmethod
     def build(cls, image_features: Tensor, aux_features: Tensor, logit_scale: float, method: str = "bsap",

@@ -40,6 +40,8 @@ from bsap_utils.datasets import read_json, write_file
 from bsap_utils.notebook import usable_folder
 
 SECTIONS: dict[str, Any] = {"run_name": "", "skip": [], "all": {}, "published": {}}  # of a params file
+# code and \$ are kept; between the dollars of an inline formula, which touch it, is no empty line
+FORMULA = r"(?s)(```.*?```|`+[^`]*`+|\\\$)|\$\$(.+?)\$\$|(?<!\$)\$(?=\S)((?:(?!\n\s*\n)[^$])+?)(?<=\S)\$(?!\d)"
 FREE = {"DATASET", "SPLIT", "REPORT_ON", "PROPOSALS", "GLOBAL_WEIGHT", "DATA_ROOT", "DEVICE", "OUT_DIR"}  # of its row
 OURS = ("DatasetError", "ModelError", "ValueError", "FileNotFoundError")  # a cell's errors whose sentence says enough
 SECOND = ("OTHER_", "BANKS", "GALLERY", "CHOOSE_ON")  # take what another takes: a folder's name says which it was
@@ -75,7 +77,8 @@ def declared(notebook: Path) -> dict[str, dict[str, Any]]:
 def typed(value: Any, default: Any, name: str = "") -> Any:
     """`value` (text of the command line, or what YAML made of it) as its default's type; ValueError if it is none."""
     if isinstance(value, str) and isinstance(default, list) and value[:1] != "[":
-        value = [literal(one.strip()) for one in value.split(",") if one.strip()]
+        value = [one.strip() for one in value.split(",") if one.strip()]  # texts stay texts: a split 1, a template {}
+        value = value if all(isinstance(one, str) for one in default) else [*map(literal, value)]
     elif isinstance(value, str) and not isinstance(default, str):
         value = literal(value)
     if default is not None and type(value) is not type(default) and (type(default), type(value)) != (float, int):
@@ -145,7 +148,7 @@ def execute(notebook: Path, parameters: dict[str, Any], output: Path) -> None:
     try:
         execute_notebook(notebook, output, parameters, **how)
     except (Exception, KeyboardInterrupt) as error:  # an error in a cell, Ctrl-C, a kernel that died or did not start
-        said = getattr(error, "ename", "") in OURS and error.evalue
+        said = getattr(error, "ename", "") in OURS and (error.evalue or error.ename)
         problem = said or f"{type(error).__name__} {error}"
         got = "The traceback is in" if said else "As far as it got:"
         raise ValueError(f"{notebook.stem} stopped: {problem}\n{got} {shown(output)}") from error
@@ -234,7 +237,9 @@ def web_page(notebook: Path) -> str:
     executed, formulas = nbformat.read(notebook, as_version=4), {}
 
     def keep(formula: re.Match) -> str:
-        display, inline = formula.groups()
+        code, display, inline = formula.groups()
+        if code or re.search(r"(?i)<[/!a-z]|\\href", formula[0]):  # which would not be cleaned
+            return formula[0]
         place = f"\ue000{len(formulas)}\ue000"  # stands in until the page is clean: the cleaning escapes MathML
         with suppress(Exception):  # a formula that cannot be read stays as it was typed
             formulas[place] = convert(display or inline, display="block" if display else "inline")
@@ -242,7 +247,7 @@ def web_page(notebook: Path) -> str:
         return formula[0]
 
     for cell in (cell for cell in executed.cells if cell.cell_type == "markdown"):
-        cell.source = re.sub(r"(?s)\$\$(.+?)\$\$|\$(.+?)\$", keep, cell.source)
+        cell.source = re.sub(FORMULA, keep, cell.source)
     exporter = HTMLExporter(sanitize_html=True)
     exporter.register_filter("clean_html", clean_html)
     page = exporter.from_notebook_node(executed, {"metadata": {"name": notebook.stem}})[0]
@@ -304,7 +309,7 @@ def run(notebook: str, pairs: list[tuple[str, str]], params: Path | None, name: 
         return click.echo("\n".join(lines))
     given = dict(pairs)
     check_known("-p: no parameter", given, {name: "" for stem in chosen for name in known[stem]})
-    results = slug(name, []) if name else slug(content["run_name"], list(pairs))
+    results = slug(name, []) if name else slug(content["run_name"], list(given.items()))
     jobs = []
     for stem, path in chosen.items():
         wanted = content["all"] | content.get(stem, {}) | given

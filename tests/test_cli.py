@@ -152,6 +152,14 @@ def test_executed_notebook_and_page_are_kept(executed, root):
 
 def test_pages_show_formulas_without_a_network_or_scripts(root):
     own = new_notebook(cells=[new_markdown_cell(r"$$x_1$$, $\frac{1}{2}$ and $\frac{$")])
+    kept = ["It costs $5 and then $10.", "`$HOME` and `$PATH`", "```\necho $HOME\necho $PATH\n```", r"A \$ and \$5"]
+    kept += [r"$\text{<script>alert(1)</script>}$", r"$\href{javascript:alert(1)}{x}$", "A $ sign.\n\nAnother $ sign."]
+    nbformat.write(new_notebook(cells=[*map(new_markdown_cell, kept)]), root / "kept.ipynb")
+    page = run.web_page(root / "kept.ipynb")
+    assert (
+        "<math" not in page and "<script" not in page and "costs $5 and then $10." in page and "Another $ sign." in page
+    )
+    assert all(f"<code>${name}</code>" in page for name in ("HOME", "PATH")) and "echo $HOME\necho $PATH" in page
     nbformat.write(own, root / "own.ipynb")
     for path in [*Path(bsap_utils.ROOT, "notebooks").glob("*.ipynb"), root / "own.ipynb"]:
         page = run.web_page(path)
@@ -381,7 +389,8 @@ def test_mistakes_in_a_params_file(root, tmp_path, text, message):
         ("7", 1, 7), ("-1", 1, -1), (2, 1, 2), ("1e-3", 1.0, 0.001), (2, 1.0, 2), ("inf", 1.0, float("inf")),
         ("True", False, True), (True, False, True), ("no", "text", "no"), ("007", "text", "007"), ("", "text", ""),
         ("a photo, of a dog", ["x"], ["a photo", "of a dog"]), ('["a photo, of a dog"]', ["x"], ["a photo, of a dog"]),
-        ("", ["x"], []), ("0.1,1,10", [1, 0.5], [0.1, 1, 10]), ([1, 2], [0.5], [1, 2]), ("1,x", [], [1, "x"]),
+        ("", ["x"], []), ("0.1,1,10", [1, 0.5], [0.1, 1, 10]), ([1, 2], [0.5], [1, 2]), ("1,x", [], ["1", "x"]),
+        ("1", ["x"], ["1"]), ("{}", ["x"], ["{}"]), ("None", ["x"], ["None"]),
         ("None", None, None), ("0.5", None, 0.5), ("val", None, "val"), ([1, "a"], None, [1, "a"]), ("one", ["x"], ["one"]),
     ],
 )  # fmt: skip

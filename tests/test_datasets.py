@@ -344,10 +344,10 @@ def test_malformed_json(tmp_path, text):
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(DatasetError, match=r"no such file.*bsap data get refcoco"):
+    with pytest.raises(DatasetError, match=r"no such file.*bsap data get"):
         load_refer(tmp_path)
     write(tmp_path)
-    with pytest.raises(DatasetError, match=r"refs\(google\)\.p: no such file.*another dataset, root or split_by"):
+    with pytest.raises(DatasetError, match=r"refs\(google\)\.p: no such file.*another name or split_by"):
         load_refer(tmp_path, split_by="google")
     os.rename(tmp_path / "refcoco", tmp_path / "refcocog")
     with pytest.raises(DatasetError, match=r"refs\(umd\)\.p: no such file"):
@@ -535,7 +535,7 @@ def test_what_any_line_of_a_csv_says_of_a_box_is_kept(tmp_path):
         (
             ROWS,
             ["file_name", "x1", "y1", "x2", "y2", "text"],
-            r"expressions\.csv cannot be read \(its first line lacks x, y, w, h; it has file_name, x1, y1, x2, y2, text\)",
+            r"expressions\.csv cannot be read \(its first line should name x once; it has file_name, x1, y1, x2, y2, text\)",
         ),
         ([["a.jpg", 1, 2, "ten", 10, "mug"]], HEAD, r"expressions\.csv: row 2: x, y, w and h should be num"),
         ([["a.jpg", 1, 2, "nan", 10, "mug"]], HEAD, r"csv: row 2: x, y, w and h should be numbers"),
@@ -544,6 +544,12 @@ def test_what_any_line_of_a_csv_says_of_a_box_is_kept(tmp_path):
         ([["/etc/passwd", 1, 2, 3, 10, "mug"]], HEAD, r"leads out of the image folder"),
         ([["c.jpg", 1, 2, 3, 10, "mug"]], HEAD, r"picture c\.jpg: not in .*images"),
         ([], HEAD, "there is no row below its first line"),
+        ([["a.jpg", 1, 2, 3, 10, "mug", "cup"]], [*HEAD, "Text"], "should name text once"),
+        (
+            [["a.jpg", 1, 2, 3, 10, "a mug", " left"]],
+            HEAD,
+            "a row has more cells than the first line: put texts",
+        ),
         (
             [["a.jpg", 1, 2, 3, 10, "mug"], ["", "", "", "", "", ""], ["a.jpg", "", 2, 3, 10, "mug"]],
             HEAD,
@@ -577,6 +583,20 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path):
     assert ds.annotations["x"].tolist() == [1.5, 20, 0] and ds.expressions.index.tolist() == [2, 4, 5]
     assert ds.select("test").expressions["text"].tolist() == ["the mug, left", "cup"]
     assert ds.expressions["ann_id"].map(ds.annotations["image_id"]).tolist() == [1, 1, 2]
+
+
+def test_quotes_after_a_space_and_other_numbers_of_a_csv(tmp_path):
+    folder = write_csv(tmp_path) / "mine"
+    (folder / "expressions.csv").write_text('file_name, x, y, w, h, text\ra.jpg, 1e0, 2, 10, 10, "the cup, left"\r')
+    ds = load_refer(tmp_path, "mine")
+    assert ds.expressions["text"].tolist() == ["the cup, left"] and ds.annotations["x"].tolist() == [1]
+    (folder / "expressions.csv").write_text("file_name;x;y;w;h;text\na.jpg;1,5;2;10;10;mug\na.jpg;1.200;2;10;10;cup\n")
+    with pytest.raises(DatasetError, match="row 3: x, y, w and h should be numbers"):  # is it 1,200 or 1.2?
+        load_refer(tmp_path, "mine")
+    root = write(tmp_path / "with", name="mine")
+    (root / "mine/refs(unc).p").unlink()
+    write_csv(root, [["./a.jpg ", 1, 2.45, 10, 10, "a mug"]])
+    assert load_refer(root, "mine").expressions["ann_id"].tolist() == [11]
 
 
 def test_a_csv_beside_instances_has_their_masks_and_neighbours(tmp_path):

@@ -154,6 +154,17 @@ def test_slices_are_tables_of_their_expressions():
         assert row["ci_low"] == pytest.approx(whole["ci_low"], abs=2) and row["delta_vs_clip"] == whole["delta_vs_clip"]
 
 
+def test_slices_are_refused_for_other_expressions_and_without_a_value_left_out():
+    pairs, scores = case(7, images=20)
+    count = int(pairs.expression.max()) + 1
+    with pytest.raises(ValueError, match=f"{count - 1} values of part, of {count} expressions"):
+        rec_table(pairs, scores, by=pd.Series(["a"] * (count - 1), name="part"))
+    part = pd.Series(["a", None] * count, name=0)[:count]
+    assert rec_table(pairs, scores, by=part)[[0, "n"]].drop_duplicates().to_numpy().tolist() == [
+        ["a", (count + 1) // 2]
+    ]
+
+
 def test_kinds_of_expressions():
     texts = pd.Series(
         ["key above the red house", "left mug", "striped fish", "Man to the left of dog", "topaz", "second from left"]

@@ -109,6 +109,15 @@ def test_a_clip_that_has_learned_nothing_has_a_level_and_no_accuracy(plain):
     assert (control["delta_ci_low"] <= control["delta_vs_clip"]).all()
 
 
+def test_03_and_00_with_one_candidate_an_image(tmp_path):
+    """No thirds by the number of candidates, and a scene of one box."""
+    whole = {"PROPOSALS": "whole", "LIMIT": 5, "OUT_DIR": str(tmp_path / "out")}
+    run_cells("03_rec", **whole, SPLIT=["test"], METHODS=["clip", "bsap"])
+    slices = pd.read_csv(tmp_path / "out/table_rec_slices.csv")
+    assert set(slices["aspect"]) == {"kind of expression", "size of the region"} and slices["delta_vs_clip"].eq(0).all()
+    assert run_cells("00_explore", **whole)["explorer"].scene(2).boxes.shape == (1, 4)
+
+
 @pytest.fixture(scope="module")
 def own_data(sample, tmp_path_factory):
     """A table of one's own: eight pictures of one split, no train split, no categories."""

@@ -341,6 +341,7 @@ def test_shares_and_boxes_outside_are_refused_without_many_targets(ds, tmp_path)
     for boxes, message in (
         ([[0.1, 0.1, 0.5, 0.5]] * 3, "shares of 1"),
         ([[1, 1, 5, 5], [30, 20, 35, 25], [30, 5, 35, 8]], "67% of the boxes leave"),
+        ([[9, 9, -5, 5], [9, 9, 0, 0], [9, 9, float("nan"), 5]], "100% of the boxes leave"),
     ):
         with pytest.raises(DatasetError, match=message):
             from_boxes(ds, save({"8": boxes}, tmp_path))
