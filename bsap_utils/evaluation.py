@@ -31,11 +31,11 @@ def pick(pairs: Pairs, scores: Tensor) -> Tensor:
     return rows.new_zeros(top.shape).scatter_reduce(0, index, rows, "amin", include_self=False)
 
 
-def _measures(parts: dict, images: np.ndarray, seed: int, draws: int = 10_000, **divisors: np.ndarray) -> pd.DataFrame:
+def _measures(parts: dict, images: np.ndarray, seed: int, **divisors: np.ndarray) -> pd.DataFrame:
     """A row a method: mean of each part [E, K], or Σ part / Σ divisor, differences to the first, and intervals, in percent."""
     above = np.concatenate([*parts.values()], 1)
     below = np.concatenate([divisors.get(name, np.ones_like(part)) for name, part in parts.items()], 1)
-    every = np.vstack([above.sum(0) / below.sum(0), resampled(above, images, below, draws, seed)])
+    every = np.vstack([above.sum(0) / below.sum(0), resampled(above, images, below, 10_000, seed)])
     every = every.reshape(len(every), len(parts), -1)
     every = np.concatenate([every, every - every[:, :, :1]], 1)  # [1 + draws, measures, K]
     three = np.stack([every[0], *np.quantile(every[1:], [0.025, 0.975], axis=0)], 1)
