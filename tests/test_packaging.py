@@ -23,7 +23,7 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch", "open_clip_torch": "open-clip-torch", "ray": "ray-data"}
-ONLY_ON_PIP = {"playwright>=1.45", "jupyter-bbox-widget>=0.7"}
+ONLY_ON_PIP = {"playwright>=1.45", "jupyter-bbox-widget>=0.7", "latex2mathml>=3.77", "lazy_loader>=0.4"}
 OWNER_REQUIRES = {"jupyterlab", "torch", "open_clip_torch", "pandas", "seaborn", "pycocotools", "papermill"}
 
 
