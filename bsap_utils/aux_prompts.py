@@ -38,9 +38,7 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
         elif bank == "expressions":
             texts = sorted({*ds.expressions.loc[ds.expressions["split"] == "train", "text"].str.lower()})
             if not texts:
-                raise DatasetError(
-                    f"{ds.name} has no split train to sample (before select): take another bank, as coco80."
-                )
+                raise DatasetError(f"{ds.name} has no split train to sample (before select): take another bank.")
     elif file.is_file():
         with reading(file, "a text file in UTF-8, a prompt a line"):
             texts = read_bytes(file).decode("utf-8-sig").splitlines()
@@ -49,9 +47,7 @@ def auxiliary_prompts(bank: str, ds: ReferDataset | None = None, size: int | Non
     prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     wanted = size or (min(EXPRESSIONS, len(prompts)) if bank == "expressions" else len(prompts))
     if not 1 <= wanted <= len(prompts):
-        raise ValueError(
-            f"The bank {bank!r} has {len(prompts)} prompts, too few for a size of {max(wanted, 1)}: take another."
-        )
+        raise ValueError(f"The bank {bank!r} has {len(prompts)} prompts, too few for {max(wanted, 1)}: take another.")
     return [prompts[i] for i in np.sort(np.random.default_rng(seed).permutation(len(prompts))[:wanted])]
 
 

@@ -129,9 +129,7 @@ def load_refer(
     image_root = Path(image_root or (own if own.is_dir() else Path(root) / "images/mscoco/images/train2014"))
     tables = sorted([*folder.glob("expressions.csv")] or folder.glob(f"{dataset}_[tv]*.json"))  # train, val, test, …
     if not refs.is_file() and not tables:
-        raise DatasetError(
-            f"{refs}: no such file, nor expressions.csv. Run `bsap data get`, or pass another name or split_by."
-        )
+        raise DatasetError(f"{refs}: no such file, nor a table. Run `bsap data get`, or pass another name or split_by.")
     with reading(folder, "a data set as data/README.md describes it"):
         if refs.is_file():
             images, annotations, expressions = *_read_instances(instances), _read_refs(refs)

@@ -96,7 +96,9 @@ def show_table(frame: pd.DataFrame, digits: int = 1) -> Any:
 def _written(value: Any, digits: int, sign: bool = False) -> str:
     """A cell in words: a number in so many digits, a method's label, a dash where nothing is known."""
     form = f"{'+' * sign}.{digits}f" if isinstance(value, float | np.floating) else ""
-    return "–" if pd.isna(value) else format(value, form).replace("-", "−") if form else label(str(value))
+    if not form or pd.isna(value):
+        return "–" if pd.isna(value) else label(str(value))
+    return format(round(float(value), digits) + 0.0, form).replace("-", "−")  # 0.0: no "−0.0"
 
 
 def save(figure: Figure, stem: Path | str, caption: str) -> None:

@@ -115,6 +115,7 @@ def test_intervals_stand_where_the_table_says():
 
 
 def test_differences_have_a_zero_line_signs_and_a_dash_where_nothing_is_known():
+    assert {"+0.0"} <= set(texts(plotting.intervals(a_table().assign(accuracy=-0.04), zero=True)))  # no "−0.0"
     table = a_table().assign(accuracy=[-1.5, 2.0, np.nan])
     figure = plotting.intervals(table, zero=True)
     assert {"−1.5", "+2.0", "–"} <= set(texts(figure))
