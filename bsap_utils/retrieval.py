@@ -23,6 +23,8 @@ from .normalization import shift_and_scale_from_features
 class BalancedIndex:
     """A FAISS index that ranks as a shift-and-scale method of METHODS. `index` is FAISS's own, e.g. to set nprobe.
 
+    Stored are [f / scale / units[0], (bias − centre) / units[1]], of `settings`, none longer than its `largest`.
+
     >>> bank = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.6, 0.8]])
     >>> balanced = BalancedIndex.build(torch.eye(3), bank, logit_scale=10.0)
     >>> balanced.search(torch.tensor([[0.6, 0.8, 0.0]]), k=2)[1]  # image 1 is near to every prompt
@@ -31,9 +33,7 @@ class BalancedIndex:
 
     index: Any
     aux_features: Tensor
-    settings: dict[
-        str, Any
-    ]  # of build; stored are [f / scale / units[0], (bias - centre) / units[1]], no longer than largest
+    settings: dict[str, Any]
 
     @classmethod
     def build(cls, image_features: Tensor, aux_features: Tensor, logit_scale: float, method: str = "bsap",
@@ -41,7 +41,7 @@ class BalancedIndex:
         """Return an index of images [N, D] that ranks as METHODS[`method`] with the bank [M, D]; ids are row numbers.
 
         `logit_scale` has its exp taken, `options` are the method's, `factory` is FAISS's string; "Flat" is exact. ValueError
-        on what does not fit, on NaN, and on factories that rescale, centre or cut vectors, since that changes ranks.
+        on what does not fit, on NaN, and on factories that rescale, centre, turn or cut vectors: that changes ranks.
         """
         aux, scale = _matrix(aux_features, "aux_features"), _matrix(torch.tensor([[logit_scale]]), "logit_scale").item()
         index = faiss.index_factory(*_layout(factory, aux.shape[1]), faiss.METRIC_INNER_PRODUCT)
@@ -123,9 +123,9 @@ class BalancedIndex:
 
 def _layout(factory: str, dimension: int) -> tuple[int, str]:
     """Return width and factory with room for the extra coordinate: in a product quantizer a part more, for it alone."""
-    if re.search(r"(?i)L2norm|PCA|ITQ|RR\d", factory):
-        raise ValueError(f"factory {factory!r} rescales, centres or cuts vectors, which changes ranks: leave that out.")
-    if (parts := re.search(r"PQ(\d+)", factory)) and "OPQ" not in factory:
+    if re.search(r"(?i)L2norm|PCA|ITQ|RR\d|OPQ", factory):  # which turns: the bias would share all parts' errors
+        raise ValueError(f"factory {factory!r} scales, centres, turns or cuts vectors, which changes ranks: drop it.")
+    if parts := re.search(r"PQ(\d+)", factory):
         return dimension + dimension // int(parts[1]), factory.replace(parts[0], f"PQ{int(parts[1]) + 1}", 1)
     return dimension + 1 if dimension < 128 else 4 * (dimension // 4 + 1), factory  # BLAS likes 516, not 513
 

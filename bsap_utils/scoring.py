@@ -54,9 +54,13 @@ class ModelError(RuntimeError):
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU."""
+    """Return the device to compute on: "auto" takes CUDA, then Apple MPS, then the CPU. ModelError where it is not here."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(best if device == "auto" else device)
+    try:
+        return torch.empty(0, device=best if device == "auto" else device).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition(".")[0]
+        raise ModelError(f"Device {device!r} cannot be used here ({why}): take auto or cpu.") from error
 
 
 def hub_problem() -> str:

@@ -166,10 +166,10 @@ def test_errors_name_what_is_wrong_and_what_to_do(model, pretrained, message):
             function(model, pretrained)
 
 
-@pytest.mark.parametrize(("device", "message"), [("gpu", "at start of device string: gpu"), ("cuda:x", "cuda:x")])
-def test_a_device_that_there_is_not_is_named_by_torch(device, message):
-    with pytest.raises(RuntimeError, match=message):
-        scoring.pick_device(device)
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:99", "mps:99"])
+def test_a_device_that_there_is_not_is_named_and_the_model_is_not_blamed(device):
+    with pytest.raises(ModelError, match=f"^Device '{device}' cannot be used here .*: take auto or cpu"):
+        ClipScorer(scoring.SAMPLE_MODEL, device=device)
 
 
 def test_devices_and_precisions():

@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_refused_and_named(vectors):
     )
 
 
-@pytest.mark.parametrize("factory", ["L2norm,Flat", "PCA16,Flat", "PCAR24,Flat", "RR32,Flat", "ITQ32,LSH"])
+@pytest.mark.parametrize("factory", ["L2norm,Flat", "PCA16,Flat", "PCAR24,Flat", "RR32,Flat", "ITQ32,LSH", "OPQ8,PQ8"])
 def test_factories_that_change_the_ranking_are_refused(vectors, factory):
     with pytest.raises(ValueError, match=f"{factory}.*changes ranks"):
         BalancedIndex.build(vectors[0][:50], vectors[1], 100.0, factory=factory)
