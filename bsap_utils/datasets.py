@@ -115,9 +115,8 @@ class ReferDataset:
         return [name for name in self.images["file_name"] if not os.path.isfile(self.image_root / name)]
 
 
-def load_refer(
-    root: str | Path, dataset: str = "refcoco", split_by: str | None = None, image_root: str | Path | None = None
-) -> ReferDataset:
+def load_refer(root: str | Path, dataset: str = "refcoco", split_by: str | None = None,
+               image_root: str | Path | None = None) -> ReferDataset:  # fmt: skip
     """Read the data set in the folder `root/dataset`: the first of these that is there (data/README.md shows each).
 
     `refs(<split_by>).p` ("umd" for refcocog, else "unc") with `instances.json`, `expressions.csv`, `<dataset>_<split>.json`;
@@ -216,6 +215,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     table = table.set_axis(table.index + 2)[(table != "").any(axis=1).to_numpy()]
     if table.empty:
         raise ValueError("there is no row below its first line")
+    refuse(table["text"].str.contains("[\r\n]"), f"{path}: row ", "its text goes on in the next row: is a quote open?")
     swap = {r"\.": "?", ",": "."} if mark == ";" and "," in "".join(table[XYWH].sum()) else {}  # so 1.200 is no 1.2
     boxes = table[XYWH].replace(swap, regex=True).apply(pd.to_numeric, errors="coerce")
     refuse(~np.isfinite(boxes).all(axis=1), f"{path}: row ", "x, y, w and h should be numbers")

@@ -593,6 +593,17 @@ def test_quotes_after_a_space_and_other_numbers_of_a_csv(tmp_path):
     (folder / "expressions.csv").write_text("file_name;x;y;w;h;text\na.jpg;1,5;2;10;10;mug\na.jpg;1.200;2;10;10;cup\n")
     with pytest.raises(DatasetError, match="row 3: x, y, w and h should be numbers"):  # is it 1,200 or 1.2?
         load_refer(tmp_path, "mine")
+    lines = [
+        "file_name,x,y,w,h,text",
+        'a.jpg,1,2,10,10,"tall mug',
+        "a.jpg,9,2,10,10,cup",
+        'a.jpg,5,2,9,9,"red" mug',
+        "",
+    ]
+    for end in "\n\r":  # the second quote closes the first, and the rows between would be its text
+        (folder / "expressions.csv").write_text(end.join(lines), newline="")
+        with pytest.raises(DatasetError, match="row 2: its text goes on in the next row: is a quote open"):
+            load_refer(tmp_path, "mine")
     root = write(tmp_path / "with", name="mine")
     (root / "mine/refs(unc).p").unlink()
     write_csv(root, [["./a.jpg ", 1, 2.45, 10, 10, "a mug"]])
