@@ -110,6 +110,11 @@ def test_the_ris_table_is_counted_by_hand():
         assert table[f"delta_{measure}_vs_clip"].tolist() == pytest.approx((table[measure] - table.at["clip", measure]).tolist(),
                                                                            abs=0.011)  # fmt: skip
         assert (table[f"delta_{measure}_low"] <= table[f"delta_{measure}_vs_clip"]).all()
+    alike = {"clip": scores["clip"], "other": scores["clip"].flip(0)}
+    iou = np.stack([pairs.iou[pick(pairs, s)].numpy() for s in alike.values()], 1)
+    p = sign_flip_p(iou - iou[:, :1], pairs.image[picked["clip"]].numpy(), seed=1)
+    assert ris_table(pairs, alike, 1)["p_value"].tolist()[:2] == p.round(4).tolist() and 0.05 < p[1] < 0.95
+    assert not any(name.startswith("delta_p") for name in table)
     assert np.isnan(table.at["oracle", "p_holm"]) and (table.loc["oracle", "miou"] >= table["miou"]).all()
     with pytest.raises(ValueError, match="masks=True"):
         ris_table(case(3)[0], scores)
@@ -142,9 +147,11 @@ def test_empty_masks_have_no_overlap_and_no_error():
 def test_slices_are_tables_of_their_expressions():
     pairs, scores = case(7, images=60)
     image_of = [int(pairs.image[pairs.expression == e][0]) for e in pairs.expression.unique()]
-    group = pd.Series(pd.Categorical(np.where(np.array(image_of) % 2, "odd", "even"), ["odd", "even"]), name="parity")
+    parity = np.where(np.array(image_of) % 2, "odd", "even")
+    group = pd.Series(pd.Categorical(parity, ["odd", "neither", "even"]), name="parity")
     table = rec_table(pairs, scores, by=group)
     assert table["parity"].drop_duplicates().tolist() == ["odd", "even"]  # the order of the categories
+    assert table.index.equals(pd.RangeIndex(4))
     for (name, method), row in table.set_index(["parity", "method"]).iterrows():
         inside = torch.tensor((group == name).to_numpy())[pairs.expression]
         number = pairs.expression[inside].unique(return_inverse=True)[1]
@@ -159,17 +166,19 @@ def test_slices_are_refused_for_other_expressions_and_without_a_value_left_out()
     count = int(pairs.expression.max()) + 1
     with pytest.raises(ValueError, match=f"{count - 1} values of part, of {count} expressions"):
         rec_table(pairs, scores, by=pd.Series(["a"] * (count - 1), name="part"))
-    part = pd.Series(["a", None] * count, name=0)[:count]
+    part = pd.Series(["b", None, *["a", None] * count], name=0)[:count]  # in the order in which they come
     assert rec_table(pairs, scores, by=part)[[0, "n"]].drop_duplicates().to_numpy().tolist() == [
-        ["a", (count + 1) // 2]
-    ]
+        ["b", 1], ["a", (count - 1) // 2]
+    ]  # fmt: skip
 
 
 def test_kinds_of_expressions():
-    texts = pd.Series(
-        ["key above the red house", "left mug", "striped fish", "Man to the left of dog", "topaz", "second from left"]
-    )
-    assert expression_kind(texts).tolist() == ["relation", "place", "attributes", "relation", "attributes", "place"]
+    kinds = {
+        "key above the red house": "relation", "Man to the left of dog": "relation", "Behind it": "relation",
+        "left mug": "place", "second from left": "place", "Top shelf": "place",
+        "striped fish": "attributes", "topaz": "attributes", "bright thunder": "attributes", "underwear": "attributes",
+    }  # fmt: skip
+    assert expression_kind(pd.Series([*kinds])).tolist() == [*kinds.values()]
 
 
 def test_slices_of_the_sample_are_thirds_of_it(sample):
