@@ -30,7 +30,7 @@ def sums_of_squares(logits: Tensor, image: Tensor) -> pd.DataFrame:
     for columns in logits.split(max(2**22 // len(logits), 1), 1):  # bounded memory
         values = columns.double()
         total = values.new_zeros(int(image.max()) + 1, values.shape[1]).index_add(0, image, values)
-        values = values - (total / image.bincount().clamp(min=1)[:, None])[image]
+        values = values - (total / image.bincount()[:, None])[image]
         region += values.sum(1)
         both += values.square().sum(1)
     region = region.square() / logits.shape[1]

@@ -1,9 +1,12 @@
 """Shares of variance, hubs and traits against slow versions and cases known beforehand."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import binom
 
 from bsap_utils.imbalance import (
     GROUND,
@@ -18,6 +21,7 @@ from bsap_utils.imbalance import (
     sums_of_squares,
 )
 from bsap_utils.normalization import pool
+from bsap_utils.plotting import KIND_COLOURS
 
 
 def scores(seed=0, candidates=60, texts=500, region=2.0, interaction=1.0):
@@ -38,12 +42,13 @@ def test_the_region_share_is_that_of_competing_candidates():
     assert region_share(logits, image) == pytest.approx(0.8, abs=0.02)
     parts = {"region": 0.0, "interaction": 0.0}
     small, group = scores(candidates=20, texts=7)
+    small = small.float()  # summed up in float64
     for i in group.unique():
-        own = small[group == i].numpy()
+        own = small[group == i].double().numpy()
         own = own - own.mean(0)
         parts["region"] += 7 * (own.mean(1) ** 2).sum()
         parts["interaction"] += ((own - own.mean(1, keepdims=True)) ** 2).sum()
-    assert region_share(small, group) == pytest.approx(parts["region"] / sum(parts.values()))
+    assert region_share(small, group) == pytest.approx(parts["region"] / sum(parts.values()), rel=1e-12)
     assert np.isnan(region_share(small, torch.arange(20)))  # nobody competes
 
 
@@ -65,6 +70,8 @@ def test_the_diagnosis_finds_what_was_built_in():
     found = diagnosis(logits, seen, image, temperature=np.inf)
     assert found["region_share"] == pytest.approx(0.5, abs=0.05)
     assert found["agreement"] > 0.98 and found["weight"] == pytest.approx(0.5, abs=0.02)
+    short = logits.float()
+    assert diagnosis(short, seen, image).equals(diagnosis(short.double(), seen, image, temperature=1.0))
     blind = diagnosis(logits, torch.tensor(generator.normal(0, 1, (500, 30))), image)
     assert blind["agreement"] < 0.02 and abs(blind["weight"]) < 0.6
     x, y = pool(seen, np.inf).numpy().reshape(100, 5), logits.mean(1).numpy().reshape(100, 5)
@@ -77,7 +84,7 @@ def test_hubs_are_counted_and_compared():
     assert counts.tolist() == [4, 2, 1, 1] or (counts.sum() == 8 and counts[0] == 4)
     even, hub = np.full(40, 2), np.r_[np.full(8, 10), np.zeros(32)]
     pairwise = np.abs(hub[:, None] - hub).sum() / (2 * 40 * hub.sum())
-    assert gini(even) == pytest.approx(0) and gini(hub) == pytest.approx(pairwise)
+    assert gini(np.stack([even, hub])) == pytest.approx([0, pairwise])
     table = hub_table(pd.DataFrame({"clip": hub, "bsap": even}), np.arange(40) // 2, draws=200).set_index(
         ["method", "measure"]
     )
@@ -85,19 +92,22 @@ def test_hubs_are_counted_and_compared():
     assert table.loc[("bsap", "gini"), "delta_vs_clip"] == pytest.approx(-pairwise)
     assert table.loc[("bsap", "gini"), "delta_ci_high"] < 0
     assert (table["ci_low"].dropna() <= table["value"][table["ci_low"].notna()] + 1e-9).all()
+    never = hub_table(pd.DataFrame({"clip": [*hub, *hub, *hub[-20:]]}), np.arange(100)).loc[2]
+    assert never[["ci_low", "ci_high"]].tolist() == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.84) / 100)
     alone = hub_table(pd.DataFrame({"clip": hub}), np.zeros(40))
     assert alone[["ci_low", "ci_high"]].isna().all(axis=None)
 
 
 def test_bare_ground_touches_no_object(sample_val):
     val = sample_val.select(limit=3)
-    image_id, width, height = val.images.index[0], *val.images.iloc[0][["width", "height"]]
+    image_id = val.images.index[0]
     objects = val.annotations[val.annotations["image_id"] == image_id]
     x, y, w, h = objects[["x", "y", "w", "h"]].iloc[0]
-    empty = [(0.0, 0.0, 3.0, 3.0)]
-    boxes = [(x, y, w, h), (x, y, w, h / 3), *empty, (0.0, 0.0, float(width), float(height))]
-    candidates = pd.DataFrame(boxes, columns=["x", "y", "w", "h"]).assign(image_id=image_id)
-    traits = region_traits(val, candidates)
-    assert traits["kind"].tolist()[:3] == [OBJECT, LOOSE, GROUND]
-    assert traits["category"].iloc[0] == objects["category"].iloc[0] and pd.isna(traits["category"].iloc[2])
-    assert traits["framing"].iloc[0] == 1
+    boxes = [(x, y, w, h), (x, y, w, 0.45 * h), (x, y, w, 0.12 * h), (0.0, 0.0, 3.0, 3.0), (x, y, w, h)]
+    others = val.images.index[val.images.index != image_id]
+    candidates = pd.DataFrame(boxes, columns=["x", "y", "w", "h"]).assign(image_id=[*[image_id] * 4, others[0]])
+    crowds = val.annotations.assign(iscrowd=(val.annotations["image_id"] == others[0]).astype(int))  # no objects
+    traits = region_traits(dataclasses.replace(val, annotations=crowds), candidates)
+    assert traits["kind"].tolist() == [OBJECT, LOOSE, LOOSE, GROUND, GROUND] and {*traits["kind"]} == {*KIND_COLOURS}
+    assert traits["category"].iloc[0] == objects["category"].iloc[0] and traits["category"].iloc[1:].isna().all()
+    assert traits["framing"].tolist() == pytest.approx([1, 0.45, 0.12, 0, 0])
