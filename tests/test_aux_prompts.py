@@ -21,7 +21,7 @@ def test_the_expression_bank_never_touches_an_evaluated_split(sample):
     evaluated = sample.expressions.loc[sample.expressions["split"] != "train", "text"].str.lower()
     train = set(sample.expressions.loc[sample.expressions["split"] == "train", "text"].str.lower())
     prompts = auxiliary_prompts("expressions", sample, size=400)
-    assert set(prompts) <= train
+    assert set(prompts) <= train and prompts == sorted(prompts)
     changed = sample.expressions.copy()
     changed.loc[evaluated.index, "text"] = "something else"
     other = type(sample)(**{**vars(sample), "expressions": changed})
@@ -44,6 +44,8 @@ def test_a_file_of_ones_own(tmp_path):
     bank = tmp_path / "mine.txt"
     bank.write_text("\ufeffa dog \n\na cat\na dog\n", encoding="utf-8")
     assert auxiliary_prompts(str(bank)) == ["a dog", "a cat"]
+    bank.write_text("\n".join(map(str, range(300))))
+    assert auxiliary_prompts(str(bank)) == [*map(str, range(300))]  # all: 256 are drawn of `expressions` alone
     bank.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match="utf-8"):
         auxiliary_prompts(str(bank))
