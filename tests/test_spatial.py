@@ -31,6 +31,7 @@ def show(tree):
         ("lower right corner blue bag", "blue bag [bottom] [right]"),
         ("left side of the picture", " [left]"),
         ("second green bottle from left", "green bottle [left2]"),
+        ("2nd guy from right", "guy [right2]"),
         ("silver remote third from the right", "silver remote [right3]"),
         ("middle giraffe of the three", "giraffe [middle0]"),
         ("biggest pizza", "pizza [big]"),
@@ -44,6 +45,9 @@ def show(tree):
         ("woman right next to the left bench", "woman near(bench [left])"),
         ("guy behind the man on right", "guy top(man [right])"),
         ("cup above the plate below the lamp", "cup top(plate bottom(lamp))"),
+        ("cup beside the plate below the lamp", "cup near(plate bottom(lamp))"),
+        ("cup smaller than the plate", "cup small(plate)"),
+        ("train on top", "train [top]"),
         ("ball inside the box", "ball inside(box)"),
         ("sheep bigger than the dog", "sheep big(dog)"),
         ("girl in blue top", "girl in blue shirt"),  # worn, not a place
@@ -125,6 +129,32 @@ def test_places_among_boxes_that_look_alike():
     assert scores.argmax(1)[:8].tolist() == [0, 4, 1, 1, 5, 5, 2, 5]
     best_two = scores[8:].topk(2).indices.sort().values.tolist()  # two dogs are as good
     assert best_two == [[1, 3], [0, 1], [3, 4], [1, 3]]
+
+
+def test_places_are_those_of_centres_and_sizes_those_of_areas():
+    boxes = [(30, 30, 10, 10), (0, 0, 60, 60), (26, 26, 2, 2)]  # centres 35, 30, 27
+    scores, _ = scene(["left", "top", "right", "bottom"], boxes, lambda text: [])
+    assert scores.argmax(1).tolist() == [2, 2, 0, 0]
+    wide, square, tall = (0, 0, 10, 5), (0, 0, 8, 8), (0, 0, 4, 9)
+    assert scene(["biggest", "smallest"], [wide, square, tall], lambda text: [])[0].argmax(1).tolist() == [1, 2]
+
+
+def test_relations_and_the_middle_are_the_probabilities_worked_out_by_hand():
+    boxes = [
+        (20, 20, 20, 20),
+        (5, 20, 10, 10),
+        (43, 44, 4, 4),
+        (25, 25, 10, 10),
+        (18, 30, 4, 8),
+    ]  # the first is the box
+    (near, inside), _ = scene(["near the box", "inside the box"], boxes, lambda text: [0] if text == "box" else [])
+    assert (near[1] - near[2]).item() == pytest.approx(
+        -5 / 10 + 5 / 4, abs=0.01
+    )  # gaps of 5 and of 3 by 4, sides 10 and 4
+    assert max(near[0], inside[0]) < min(near[1], inside[3]) - 5  # nothing is near to itself
+    assert (inside[3] - inside[4]).item() == pytest.approx(np.log(1 / 0.5), abs=0.01)  # whole and half
+    middle = scene(["middle dog"], ROW[:3], lambda text: [0, 1, 2])[0][0]  # 1/6, 1/2 and 5/6 of the dogs come before
+    np.testing.assert_allclose(middle - middle[1], np.log([5 / 9, 1, 5 / 9]))
 
 
 def test_expressions_without_words_of_place_keep_their_scores_to_the_bit():
