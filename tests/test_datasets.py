@@ -125,6 +125,8 @@ def test_reads_the_same_as_a_plain_reading(tmp_path):
     assert ds.counts == NOTHING | {CLIPPED: 1, NO_AREA: 1, NO_TEXT: 1}
     assert ds.annotations.loc[12, XYWH].tolist() == [0, 20, 6, 10]
     assert ds.categories == ["key", "mug", "star"] and ds.splits == ["testA", "testB", "train", "val"]
+    twice = edited("instances.categories.2.name", "mug")  # two ids of one name
+    assert load_refer(write(tmp_path / "twice", **twice)).categories == ["mug", "star"]
     assert (ds.name, ds.split_by, ds.image_root) == ("refcoco", "unc", tmp_path / "images/mscoco/images/train2014")
 
 
@@ -571,7 +573,7 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path):
     """Semicolons and decimal commas, capitals and spaces, empty rows, other ways to write a path."""
     folder = write_csv(tmp_path) / "mine"
     lines = [
-        "File_Name; X;Y;W;H;Text;Split",
+        "File_Name; X;Y ;W;H;Text;Split",
         "a.jpg;1,5;2;10;10;the mug, left;test",
         ";;;;;;",
         "./a.jpg ;20;2,5;10;10;cup;test ",

@@ -606,7 +606,7 @@ def test_load_candidates_tells_masks_from_boxes(sample, tmp_path):
     pd.testing.assert_frame_equal(load_candidates(val, "rpn", tmp_path), from_boxes(val, boxes))
     results = [{"image_id": int(val.images.index[0]), "bbox": [1, 2, 3, 4], "score": 0.5}]
     assert "segmentation" not in load_candidates(val, str(save(results, tmp_path)), root)
-    with pytest.raises(DatasetError, match="refshapes_masks"):
+    with pytest.raises(DatasetError, match="refshapes_masks.json: no such file. Take other"):
         load_candidates(val, "masks", tmp_path / "nowhere")
 
 
