@@ -104,11 +104,11 @@ def test_on_any_numbers_it_differs_from_float64_by_less_than_rounding(method, ve
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 40), method=st.sampled_from(FOLDED))
-def test_small_galleries_full_of_copies(seed, k, method):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from(FOLDED), st.sampled_from([3, 130]))
+def test_small_galleries_full_of_copies(seed, k, method, width):
     torch.manual_seed(seed)
-    images = torch.randint(-1, 2, (30, 3)).float() / 2
-    aux, texts = torch.randint(-1, 2, (4, 3)).float() / 2, torch.randint(-1, 2, (5, 3)).float() / 2
+    images, aux, texts = (torch.randint(-1, 2, (rows, width)).float() / 2 for rows in (30, 4, 5))
+    images[20:] = images[:10]
     expected, _ = brute_force(method, images, aux, texts, scale=4.0)
     scores, ids = BalancedIndex.build(images, aux, 4.0, method=method).search(texts, k)
     assert ids.shape == (5, min(k, 30)) and all(len(set(row)) == len(row) for row in ids.tolist())
