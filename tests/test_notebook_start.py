@@ -128,6 +128,8 @@ def test_places_that_cannot_be_written_to_are_told_at_once(tmp_path):
     for place in ("file", "file/below", "dead", "dead/below"):
         with pytest.raises(ValueError, match="no folder to write to"):
             start(OUT_DIR=str(tmp_path / place))
+    with pytest.raises(ValueError, match="no folder to write to"):  # it is there, and closed to root too
+        notebook.usable_folder(notebook.Path("/proc"))
 
 
 @pytest.mark.parametrize("folder", [".", "notebooks"])

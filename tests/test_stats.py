@@ -38,6 +38,8 @@ def test_ratios_and_their_differences_share_their_resamples():
     assert (low < above.sum(0) / below.sum(0)).all() and (high > above.sum(0) / below.sum(0)).all()
     drawn = resampled(above, images, below, 10_000, 0)
     assert np.array_equal(np.quantile(drawn, [0.025, 0.975], axis=0), [low, high])
+    many = np.ones((300, 1))  # two blocks of draws
+    assert len(resampled(many, np.arange(300), many, 10_000, 0)) == 10_000
     low, high = np.quantile(drawn[:, 1] - drawn[:, 0], [0.025, 0.975])
     assert 0.08 < low < high < 0.12
     one, other = cluster_bootstrap(above, images, seed=3), cluster_bootstrap(above, images, seed=3)
