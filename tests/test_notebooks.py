@@ -3,6 +3,7 @@
 import ast
 import base64
 import importlib.util
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from bsap_utils import ROOT, plotting
 
@@ -31,6 +33,7 @@ def load_render():
 
 
 render = load_render()
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
 
 
 def read(path):
@@ -148,17 +151,20 @@ def test_a_notebook_needs_no_command_of_ours():
 def test_rendering_keeps_no_widget_progress_bar_or_random_name():
     new = nbformat.v4
     data = {"text/html": "<style>#T_1a2b3 td</style><table id=T_1a2b3>"}
-    outputs = [new.new_output("stream", name="stderr", text="10%| |"), new.new_output("display_data", data),
-               new.new_output("display_data", {render.WIDGET: {}, "text/plain": "Box()"})]  # fmt: skip
-    notebook = new.new_notebook(
-        cells=[new.new_code_cell("1")], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    )
+    said = new.new_output("stream", name="stdout", text="said")
+    outputs = [said, new.new_output("stream", name="stderr", text="10%| |"), new.new_output("display_data", data),
+               new.new_output("display_data", {render.WIDGET: {}, "text/plain": "Box()"}),
+               new.new_output("execute_result", {"text/plain": "1"}, execution_count=7)]  # fmt: skip
+    notebook = new.new_notebook(cells=[new.new_code_cell("1"), new.new_markdown_cell("Text.")], metadata=KERNEL)
     executed = new.new_notebook(cells=[new.new_code_cell("X = 1", metadata={"tags": ["injected-parameters"]}),
-                                       new.new_code_cell("1", outputs=outputs)])  # fmt: skip
+                                       new.new_code_cell("1", outputs=outputs), notebook.cells[1]])  # fmt: skip
     rendered = render.with_outputs(notebook, executed)
+    assert rendered.cells[0].outputs.pop(0) == said
     assert [output.data for output in rendered.cells[0].outputs] == [
-        {"text/html": data["text/html"].replace("1a2b3", "0")}
+        {"text/html": data["text/html"].replace("1a2b3", "0")},
+        {"text/plain": "1"},
     ]
+    assert rendered.cells[0].outputs[1].execution_count == rendered.cells[0].execution_count == 1
     executed.cells[1].outputs = [new.new_output("error", ename="ValueError", evalue="no", traceback=[])]
     with pytest.raises(ValueError, match="ValueError: no"):
         render.with_outputs(notebook, executed)
@@ -177,7 +183,8 @@ def test_results_page_follows_the_notebooks(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     for name in names:
         shutil.copy(ROOT / "figures/sample" / name.replace("mine", "rec"), tmp_path / name)
-    page = render.results_page(tmp_path)
+    render.main("page", str(tmp_path), str(tmp_path / "not made"))  # 07's folder, without the real scores
+    page = (tmp_path / "README.md").read_text("utf-8")
     story = ["## [my]", "fig_mine.png", "## [03 · Referring Expression Comprehension](../../notebooks/03_rec.ipynb)"]
     story += ["| split | method", "fig_rec.png", "fig_hero.png"]
     assert [page.index(part) for part in story] == sorted(page.index(part) for part in story)
@@ -185,15 +192,33 @@ def test_results_page_follows_the_notebooks(tmp_path):
 
 def test_outputs_are_those_of_the_sample_with_the_usual_parameters(tmp_path, monkeypatch):
     """A later run of the same code on other data, or of a few pictures, is not put into the committed notebook."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
-    for number, given in enumerate([{"DATASET": "refshapes", "OUT_DIR": "x"}, {"LIMIT": 4}, {"DATASET": "refcoco"}]):
-        run = tmp_path / f"runs/{number}/03_rec.ipynb"
-        run.parent.mkdir(parents=True)
-        notebook.metadata["papermill"] = {"end_time": "now", "exception": None, "parameters": given}
-        nbformat.write(notebook, run)
-        os.utime(run, (number, number))
-    (tmp_path / "notebooks").mkdir()
+    new, path, usual = nbformat.v4, tmp_path / "notebooks/03_rec.ipynb", {"DATASET": "refshapes", "OUT_DIR": "x"}
     shutil.copytree(ROOT / "notebooks/params", tmp_path / "notebooks/params")
     monkeypatch.setattr(render, "ROOT", tmp_path)
-    chosen = render.newest_run(tmp_path / "03_rec.ipynb", notebook)
-    assert chosen.metadata["papermill"]["parameters"]["OUT_DIR"] == "x"
+    notebook = new.new_notebook(cells=[new.new_code_cell("1 + 1")], metadata=KERNEL)
+    nbformat.write(notebook, path)
+    runs = [(given, "now", None) for given in (usual, usual, {"LIMIT": 4}, {"DATASET": "refcoco"})]
+    runs += [(usual, None, None), (usual, "now", True)]  # one that was killed, one that failed
+    for number, (given, end, failed) in enumerate(runs):
+        run = tmp_path / f"runs/{9 - number}/03_rec.ipynb"
+        run.parent.mkdir(parents=True)
+        notebook.metadata["papermill"] = {"end_time": end, "exception": failed, "parameters": given}
+        notebook.cells[0].outputs = [new.new_output("stream", text=f"run {number}")]
+        nbformat.write(notebook, run)
+        os.utime(run, (number, number))
+    render.main("outputs")
+    assert read(path).cells[0].outputs[0].text == "run 1" and "papermill" not in read(path).metadata
+    notebook.cells[0].source = "1 + 2"
+    nbformat.write(notebook, path)
+    with pytest.raises(ValueError, match="03_rec.ipynb: no finished run of this code"):
+        render.main("outputs")
+
+
+def test_pictures_are_made_as_small_as_they_must_be_and_no_smaller():
+    noise, sizes = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)), []
+    for side in (600, 200):
+        noise.resize((side, side)).save(file := io.BytesIO(), "PNG")
+        done = base64.b64decode(render.small(base64.b64encode(file.getvalue()).decode()))
+        sizes.append(Image.open(io.BytesIO(done)).width)
+        assert len(done) <= render.MOST_PICTURE_BYTES and (done == file.getvalue()) == (side == 200)
+    assert sizes == [337, 200]  # of 450 pixels a side it would still be too large
