@@ -236,10 +236,11 @@ def test_a_notebook_elsewhere_whose_kernel_dies(root, tmp_path):
 
 
 def test_out_dir_given_takes_the_place_of_figures(root, tmp_path):
-    bsap("run", "01_first", "-p", "OUT_DIR", tmp_path / "results", "-p", "DATASET", "here")
+    own = shutil.copy(root / "notebooks/01_first.ipynb", tmp_path / "own.ipynb")
+    bsap("run", own, "-p", "OUT_DIR", tmp_path / "results", "-p", "DATASET", "here")
     assert (tmp_path / "results/fig_1.svg").read_text() == "1"
     entry = json.loads((tmp_path / "results/manifest.json").read_text("utf-8"))["fig_1.svg"]
-    assert entry["parameters"]["OUT_DIR"] == "…/results"
+    assert entry["parameters"]["OUT_DIR"] == "…/results" and entry["notebook"] == "own.ipynb"
     assert not (root / "figures/here").exists()
 
 
@@ -255,6 +256,21 @@ def test_the_run_ends_beside_the_published_row(root, tmp_path):
         "refcoco testB: measured 0.0 (too few pictures for an interval) on 3 expressions, published 37.63",
         "refcoco test: measured 0.0 (too few pictures for an interval) on 3 expressions, no published row",
     ]
+
+
+def test_a_row_of_ris_or_of_another_method_is_found_by_its_own_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", bsap_utils.ROOT)
+    (tmp_path / "table_ris.csv").write_text(
+        "dataset,split,method,n,oiou,miou,miou_low,miou_high\nrefcoco,val,clip,10834,9.0,26.0,25.0,27.0\n"
+        "refcoco,val,subtraction,10834,9.0,20.0,19.0,21.0\n")  # fmt: skip
+    row, measured = {"method": "Global-Local CLIP", "masks": "FreeSOLO", "metric": "miou"}, "on 10,834 expressions"
+    assert run.beside_published(row, tmp_path, ["table_ris.csv"]) == [
+        f"refcoco val: measured 26.0 [25.0, 27.0] {measured}, published 26.20: same"
+    ]
+    assert run.beside_published(row | {"ours": "subtraction"}, tmp_path, ["table_ris.csv"]) == [
+        f"refcoco val: measured 20.0 [19.0, 21.0] {measured}, published 26.20: difference -6.2"
+    ]
+    assert run.beside_published(row, tmp_path, ["fig_ris.svg"]) == []  # another notebook's run
 
 
 def test_what_is_not_the_rows_own_setting_is_not_compared_with_it(root, tmp_path):
@@ -457,7 +473,7 @@ def test_doctor_says_whether_the_sample_can_be_run(tmp_path, monkeypatch):
         and f"{tmp_path}/data/clip-refshapes" not in output
         and output.endswith("Next: make figures\n")
     )
-    assert "ViT-B-32" in output and "torch 2." in output and "ray" not in output.lower()
+    assert "ViT-B-32 openai" in output and "torch 2." in output and "ray" not in output.lower()
     (tmp_path / "data/refshapes").unlink()
     output = bsap("doctor", code=1)
     assert "no such file" in output and "Next: git checkout -- data" in output
@@ -467,6 +483,7 @@ def test_doctor_says_whether_the_sample_can_be_run(tmp_path, monkeypatch):
 
 
 def test_masks_are_written_once(tmp_path):
+    assert "data/refshapes/refshapes_masks.json is there already" in bsap("masks", "refshapes", code=1)
     photos = bsap_utils.ROOT.parent / "shared/real/refcoco-photos"
     if not photos.is_dir():
         pytest.skip("real material lies beside the checkout of our machines only")
