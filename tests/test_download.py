@@ -28,7 +28,7 @@ from PIL import Image
 
 from bsap_utils import ROOT, download
 from bsap_utils.cli import app
-from bsap_utils.datasets import DatasetError, load_refer
+from bsap_utils.datasets import DatasetError, load_refer, read_json
 
 SAMPLE, REAL = ROOT / "data/refshapes", ROOT.parent / "shared/real"
 PICTURES = "images/mscoco/images/train2014"
@@ -190,6 +190,7 @@ def test_what_is_there_is_not_fetched_again(mirror, got, capsys):
     # refcoco+ has the same pictures, and its boxes came with refcoco's
     assert download.get("refcoco+", ["val"], got, mirror.url) == []
     assert mirror.log == ["/refcoco+.zip"] and ", 0 to get" in capsys.readouterr().out
+    assert read_json(got / "asked.json") == {"refcoco": ["testA", "val"], "refcoco+": ["val"]}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -314,7 +315,7 @@ def test_a_network_lost_on_the_way_is_noticed(mirror, got, monkeypatch):
     monkeypatch.setattr(download, "WORKERS", 2)
     mirror.shutdown()
     mirror.server_close()
-    problems = download.get("refcoco", ["testA", "testB"], got, mirror.url)
+    problems = download.get("refcoco", [], got, mirror.url)  # of which val is here
     assert f"{mirror.url}/train2014/" in problems[0] and problems[-1].startswith("5 pictures could not be got")
 
 
@@ -438,7 +439,8 @@ def test_a_compressed_bomb_stops_at_the_limit(mirror, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["{}", "train2014/{}", "train2017/{}"])
-def test_an_existing_coco_folder_is_linked_and_only_what_it_lacks_is_fetched(mirror, tmp_path, layout):
+def test_an_existing_coco_folder_is_linked_and_only_what_it_lacks_is_fetched(mirror, tmp_path, layout, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     coco, root = tmp_path / "coco", tmp_path / "root"
     names = sorted(path[11:] for path in mirror.files if path.endswith(".jpg"))
     for name in names[1:]:
@@ -447,12 +449,15 @@ def test_an_existing_coco_folder_is_linked_and_only_what_it_lacks_is_fetched(mir
         target.write_bytes(mirror.files[f"/train2014/{name}"])
     damaged = coco / layout.format(names[1].rpartition("_")[2] if "2017" in layout else names[1])
     damaged.write_bytes(b"damaged")
-    result = bsap("get", "refcoco", "--root", root, "--base-url", mirror.url, "--images", coco)
+    result = bsap("get", "refcoco", "--root", root, "--base-url", mirror.url, "--images", "coco")
     assert result.code == 0, result.out
     assert sorted(mirror.pictures_sent()) == [f"/train2014/{name}" for name in names[:2]]
     assert sum(path.is_symlink() for path in pictures(root)) == len(names) - 2
     assert damaged.read_bytes() == b"damaged"  # the user's own folder is never written to
     assert bsap("check", root).code == 0
+    coco.rename(tmp_path / "moved")  # the links lead nowhere now
+    assert download.get("refcoco", [], root, mirror.url, tmp_path / "moved") == []
+    assert len(mirror.pictures_sent()) == 2 and download.check(root)[1] == []
 
 
 def test_unknown_names_end_before_anything_is_fetched(mirror, tmp_path):
@@ -461,7 +466,7 @@ def test_unknown_names_end_before_anything_is_fetched(mirror, tmp_path):
         assert result.code == 1 and "'refcocog': ['train', 'val', 'test']" in result.out and not mirror.log
 
 
-def test_check_says_what_is_here_and_what_is_wrong(mirror, got, tmp_path):
+def test_check_says_what_is_here_and_what_is_wrong(mirror, got, tmp_path, monkeypatch):
     result = bsap("check", got)
     assert result.code == 0 and "wrong" not in result.out
     table = download.check(got)[0].set_index("split")
@@ -475,7 +480,8 @@ def test_check_says_what_is_here_and_what_is_wrong(mirror, got, tmp_path):
     assert len(download.check(got)[1]) == 2
     assert download.get("refcoco+", ["testB"], got, mirror.url) == []
     assert set(download.check(got)[0]["data set"]) == {"refcoco", "refcoco+"}
-    assert set(download.check(got / "refcoco+")[0]["data set"]) == {"refcoco+"}
+    monkeypatch.chdir(got / "refcoco+")
+    assert set(download.check(".")[0]["data set"]) == {"refcoco+"}
     gone, cut, *_ = pictures(got)
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:2000])
