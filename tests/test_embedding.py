@@ -202,11 +202,12 @@ def test_upright_and_sixteen_bits(run, tmp_path):
     exif[0x0112] = 6
     source = folder_of(tmp_path / "source", {"deep": encoded(Image.fromarray(ramp))})
     folder_of(source, {"flat": encoded(Image.fromarray((ramp / 257).round().astype(np.uint8)))})
-    (source / "turned.jpg").write_bytes(encoded(picture(3), "JPEG", exif=exif, quality=95))
-    (source / "upright.jpg").write_bytes(encoded(picture(3).rotate(-90, expand=True), "JPEG", quality=95))
+    folder_of(source, {"turned": encoded(picture(3), exif=exif)})
+    folder_of(source, {"upright": encoded(picture(3).rotate(-90, expand=True))})
     run(source)
     found = by_id(tmp_path / "out")
-    assert found["deep.png"] @ found["flat.png"] > 0.9999 and found["turned.jpg"] @ found["upright.jpg"] > 0.999
+    np.testing.assert_allclose(found["deep.png"], found["flat.png"], atol=1e-5)
+    np.testing.assert_allclose(found["turned.png"], found["upright.png"], atol=1e-6)
 
 
 def test_other_settings_and_places_are_refused(run, tmp_path, monkeypatch):
