@@ -91,9 +91,11 @@ def test_its_picks_are_those_of_the_evaluation(explorer, scorer, method):
     options = {"bsap_h": {"temperature": 2.0}, "qb_norm": {"temperature": scorer.logit_scale / 20}}.get(method, {})
     if method.startswith("bsap") and method in ("bsap", "bsap_calibrated"):
         weight = 0.7 if method == "bsap" else explorer.calibrated(setting)
-        expected = pick(pairs, s - weight * pool(a, 2.0)[pairs.candidate])
+        scores = s - weight * pool(a, 2.0)[pairs.candidate]
     else:
-        expected = pick(pairs, METHODS[method](s, a, pairs, **options))
+        scores = METHODS[method](s, a, pairs, **options)
+    torch.testing.assert_close(explorer.score(method, s, a, pairs, setting), scores)
+    expected = pick(pairs, scores)
     assert explorer.right(setting)[1].equal(pairs.iou[expected] > 0.5)
     for row, (image_id, asked) in enumerate(val.expressions[["image_id", "text"]].itertuples(index=False)):
         scene = explorer.scene(val.images.index.get_loc(image_id) + 1)
