@@ -136,7 +136,7 @@ def test_the_logits_of_an_ensemble_are_the_mean_of_its_models(few, regions, tiny
     other = save_clip(embed_dim=24, init_logit_scale=1.0, init_logit_bias=-3.0)
     both = load_scorer([tiny.model_name, f"local-dir:{other}"], device="cpu", cache=False)
     pairs, texts = pair_up(few, regions), few.expressions["text"]
-    image, text = both.encode_regions(few, regions), both.encode_texts(texts, "a photo of {}")
+    image, text = both.encode_regions(few, regions), both.encode_texts(texts, template="a photo of {}")
     assert torch.allclose(image.norm(dim=-1), torch.ones(2, len(regions)))
     alone = [
         one.pair_logits(one.encode_regions(few, regions), one.encode_texts(texts, "a photo of {}"), pairs)
@@ -144,14 +144,15 @@ def test_the_logits_of_an_ensemble_are_the_mean_of_its_models(few, regions, tiny
     ]
     assert torch.allclose(both.pair_logits(image, text, pairs), (alone[0] + alone[1]) / 2, atol=1e-4)
     assert both.encode_images([few.image_path(few.images.index[0])]).shape == (1, 40)
-    assert isinstance(load_scorer(tiny.model_name, device="cpu"), ClipScorer)
+    alone = load_scorer(tiny.model_name, device="cpu")
+    assert isinstance(alone, ClipScorer) and alone.pretrained == ""  # a folder has weights of its own
     with pytest.raises(ModelError, match="3 models and 2 pretrained"):
         load_scorer(["a", "b", "c"], ["x", "y"])
 
 
 def test_truncation_is_said_once_with_its_count(tiny):
-    long = ["star " * 40, "fish " * 40, "key"]
-    with pytest.warns(UserWarning, match="2 of 3 texts are too long for the model: cut off") as said:
+    long = ["star " * 40, "fish " * 40, "key", "mug"]
+    with pytest.warns(UserWarning, match="2 of 4 texts are too long for the model: cut off") as said:
         tiny.encode_texts(long)
     assert len(said) == 1
     with warnings.catch_warnings():
@@ -303,6 +304,8 @@ def test_global_local_by_hand(few, regions, deep):
         assert torch.cosine_similarity(features[1, row], expected, dim=0) > 0.9995
         assert torch.isclose(features[1, row].norm(), torch.tensor(1.0))
     assert (features[1] - features[2]).abs().max() > 0.01
+    default, of_refcoco = (deep.encode_regions(few, rows[:3], ("global_local",), *w) for w in ((), (0.95,)))
+    assert torch.equal(default, of_refcoco)
 
 
 def test_a_whole_image_with_its_whole_mask_is_its_plain_feature(few, deep):
