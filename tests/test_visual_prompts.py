@@ -118,6 +118,8 @@ def test_the_circle_is_a_line_along_the_ellipse_and_touches_nothing_else(scene):
         outline = np.stack([y + h / 2 * (1 + np.sin(angle)), x + w / 2 * (1 + np.cos(angle))], -1)
         distance = spatial.cKDTree(outline).query(pixels)[0].reshape(240, 320)
         assert line[distance < 3.2].all() and not line[distance > 4.1].any()
+    thin = vp.ellipse_line(to_tensor(scene), torch.tensor([[50.0, 50, 100, 100]]), thickness=0.001)
+    assert int(thin.sum()) == pytest.approx(100 * np.pi, rel=0.1)  # one pixel
 
 
 @pytest.mark.parametrize("box", [(100, 50, 80, 90), (20, 30, 200, 40), (60, 60, 9, 11)])
