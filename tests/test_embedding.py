@@ -260,7 +260,8 @@ def ray_here():
     ray = pytest.importorskip("ray")
     for _ in range(3):
         with contextlib.suppress(Exception):
-            ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+            quiet = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+            ray.init(address="local", num_cpus=1, **quiet)  # each worker imports PyTorch, on as few cores as there are
             break
     yield
     ray.shutdown()
